@@ -1,0 +1,266 @@
+"""The typed configuration of a run: what a YAML file may say, and nothing else.
+
+Every key changes behaviour; an unknown key, a bad value or a contradiction is a `ConfigError` that names the key
+(`agl_ray.config.load`). Field docstrings say effect and interaction. Derived quantities are properties.
+"""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Annotated, Literal
+
+from pydantic import BaseModel, ConfigDict, Field, model_validator
+
+
+class Section(BaseModel):
+    """Base of all sections: unknown keys refused, values not coerced across types, frozen after loading."""
+
+    model_config = ConfigDict(
+        extra="forbid", frozen=True, use_attribute_docstrings=True, validate_default=True
+    )
+
+
+Positive = Annotated[int, Field(gt=0)]
+NonNegative = Annotated[int, Field(ge=0)]
+PositiveFloat = Annotated[float, Field(gt=0)]
+Fraction = Annotated[float, Field(ge=0, le=1)]
+
+
+class ModelConfig(Section):
+    path: str | None = None
+    """Folder of a Hugging Face causal LM with its tokenizer. None: `make` builds it."""
+    make: str | None = None
+    """`file.py:function` or `module:function`, called as `function(folder: Path, seed: int, progress)` to make the model folder
+    when `path` is None; its result is cached by seed and by the content of the file."""
+
+    @model_validator(mode="after")
+    def _one_source(self) -> ModelConfig:
+        if (self.path is None) == (self.make is None):
+            raise ValueError(
+                "give exactly one of model.path (a model folder) and model.make (a function that makes one)"
+            )
+        return self
+
+
+class DataConfig(Section):
+    train: str
+    """A .jsonl or .parquet file, or `file.py:function` called with `seed=` and returning a list of rows (dictionaries)."""
+    val: str
+    """As `train`: the held-out rows used for validation."""
+    fields: list[str] = []
+    """Names that every row must have; checked before anything starts."""
+    shuffle: bool = True
+    """Shuffle the training rows by seed, anew each epoch. False: file order."""
+
+
+class RolloutSection(Section):
+    groups_per_step: Positive = 16
+    """Rows (groups) per training step."""
+    group_size: Annotated[int, Field(ge=2)] = 8
+    """Rollouts of the same row; the group's mean reward is the baseline."""
+    min_group: Annotated[int, Field(ge=2)] = 2
+    """A group with fewer `ok` attempts is dropped and replaced by another row; counted."""
+    timeout_seconds: PositiveFloat = 60.0
+    """Deadline of one attempt; past it the attempt ends `timeout`."""
+    max_attempts: Positive = 2
+    """Attempts per rollout when one ends `engine_error`, `env_error`, `timeout` or `lost`. An agent error is not retried."""
+    temperature: PositiveFloat = 1.0
+    """Sampling temperature of training rollouts where the agent does not ask for one."""
+    max_tokens: Positive = 40
+    """Most new tokens per model call where the agent does not ask for fewer."""
+
+
+class ValidationConfig(Section):
+    rows: Positive = 256
+    """Rows of `data.val` used (the first ones)."""
+    every: NonNegative = 0
+    """Validate each `every` steps as well as before and after; 0 = only before and after."""
+    temperature: PositiveFloat = 1.0
+    """Sampling temperature of validation; its own, never the training one by accident."""
+
+
+class RunnersConfig(Section):
+    num_runners: Positive = 1
+    """Runner actors in the pool, spread over the nodes."""
+    concurrency: Positive = 64
+    """Rollouts that one runner works on at once."""
+    lease_seconds: PositiveFloat = 30.0
+    """A runner that Ray cannot see to be dead but that renews no lease for this long loses its attempts (`lost`)."""
+    num_cpus: Annotated[float, Field(ge=0)] = 0.1
+    """CPUs that Ray reserves for one runner."""
+
+
+class EngineConfig(Section):
+    replicas: Positive = 1
+    """vLLM engines behind Ray Serve."""
+    max_model_len: Positive = 256
+    """Longest prompt + response in tokens."""
+    max_num_seqs: Positive = 256
+    """Most sequences that one engine decodes at once."""
+    dtype: Literal["float32", "bfloat16", "float16"] = "float32"
+    """Number format of the engine's weights; float32 makes engine and learner agree to 1e-5."""
+    tool_parser: str | None = None
+    """Name of vLLM's tool-call parser for this model (`hermes` for Qwen); None: `tools` in a request are refused."""
+    kv_cache_gib: PositiveFloat = 0.25
+    """KV cache of one engine on CPU, GiB."""
+    gpu_memory_utilization: Annotated[float, Field(gt=0, le=1)] = 0.8
+    """Share of GPU memory that vLLM takes; refused on CPU unless left alone."""
+    num_cpus: Annotated[float, Field(ge=0)] = 0.5
+    """CPUs that Ray reserves for one engine."""
+    num_gpus: Annotated[float, Field(ge=0)] = 0.0
+    """GPUs per engine; 0 = CPU."""
+    start_seconds: PositiveFloat = 300.0
+    """Deadline for an engine to come up and take its first weights."""
+
+
+class GatewayConfig(Section):
+    host: str = "127.0.0.1"
+    """Address that the HTTP door listens on."""
+    port: Annotated[int, Field(ge=0, le=65535)] = 0
+    """Port of the HTTP door; 0 = a free one."""
+    call_timeout_seconds: PositiveFloat = 60.0
+    """Deadline of one model call, holds during weight updates included; past it the call fails as `engine_error`."""
+    proxy: Literal["haproxy", "serve"] = "haproxy"
+    """Ray Serve's front proxy: HAProxy (6x the requests/s) or Serve's own."""
+
+
+class AlgorithmConfig(Section):
+    name: Literal["grpo"] = "grpo"
+    """The algorithm; one file each in agl_ray/algorithms."""
+    clip_low: PositiveFloat = 0.2
+    """Lower clip of the probability ratio (1 - clip_low). Acts only with several updates per batch (`learner.minibatches`)."""
+    clip_high: PositiveFloat = 0.28
+    """Upper clip (1 + clip_high), DAPO's clip-higher."""
+    correction: Literal["none", "tis", "icepop"] = "icepop"
+    """Weight for the learner/engine mismatch k = pi_old / mu: TIS min(k, tis_cap); IcePop k inside the band, else 0."""
+    tis_cap: PositiveFloat = 2.0
+    """Cap of TIS."""
+    icepop_low: PositiveFloat = 0.5
+    """Lower end of IcePop's band."""
+    icepop_high: PositiveFloat = 5.0
+    """Upper end of IcePop's band."""
+    std_normalize: bool = False
+    """Divide the advantage by the group's standard deviation (the original GRPO); False = mean-centred only (Dr.GRPO)."""
+
+
+class LearnerConfig(Section):
+    world_size: Positive = 1
+    """FSDP ranks (one Ray actor each)."""
+    lr: PositiveFloat = 2e-4
+    """AdamW learning rate, constant after warm-up."""
+    warmup_steps: NonNegative = 0
+    """Linear warm-up in optimiser updates."""
+    weight_decay: Annotated[float, Field(ge=0)] = 0.0
+    """AdamW weight decay."""
+    betas: tuple[Fraction, Fraction] = (0.9, 0.95)
+    """AdamW betas."""
+    max_grad_norm: PositiveFloat = 1.0
+    """Global-norm clipping."""
+    minibatches: Positive = 1
+    """Optimiser updates per batch; more than 1 makes the ratio clip active."""
+    tokens_per_microbatch: Positive = 4096
+    """Token budget of one packed forward pass (a longer single row still goes alone)."""
+    max_row_tokens: Positive = 1024
+    """A row (conversation) longer than this is dropped after the advantages are taken, and counted."""
+    dtype: Literal["float32", "bfloat16"] = "float32"
+    """Compute format of the forward pass (FSDP mixed precision); parameters stay float32."""
+    num_cpus: Annotated[float, Field(ge=0)] = 0.5
+    """CPUs that Ray reserves for one rank."""
+    num_gpus: Annotated[float, Field(ge=0)] = 0.0
+    """GPUs per rank; 0 = CPU with Gloo, else NCCL."""
+    step_timeout_seconds: PositiveFloat = 600.0
+    """Deadline of one update, of one checkpoint, of one restart."""
+
+
+class WeightsConfig(Section):
+    transport: Literal["auto", "gloo", "nccl", "object_store"] = "auto"
+    """How weights reach the engines: auto = nccl where both sides have GPUs, else gloo; object_store is the fallback."""
+    bucket_mib: PositiveFloat = 64.0
+    """Size of one transfer bucket."""
+    timeout_seconds: PositiveFloat = 60.0
+    """Deadline of one weight update, from the order to the last engine's checksum."""
+
+
+class StoreConfig(Section):
+    url: str | None = None
+    """Journal: None = `sqlite:///RUN_FOLDER/store.db`; `sqlite:///path` elsewhere; `memory://` keeps nothing (tests)."""
+    cache_mib: PositiveFloat = 256.0
+    """Span payloads kept in memory; older ones are read back from the journal."""
+
+
+class TrainConfig(Section):
+    steps: Positive = 40
+    """Training steps (weight versions made)."""
+    staleness: NonNegative = 0
+    """Most weight versions between the making of a sample's first token and its training. 0 = synchronous."""
+    checkpoint_every: Positive = 10
+    """Steps between checkpoints; the last step is always saved. Steps since the last one are replayed from the store."""
+
+
+class ClusterConfig(Section):
+    address: str | None = None
+    """Ray address (`host:port`, `ray://host:port`); None = RAY_ADDRESS where set (as under `ray job submit`), else a local Ray."""
+    local_cpus: Positive | None = None
+    """CPUs that a local Ray claims to have; None = what the machine has. Refused together with an address."""
+    object_store_mib: Positive = 256
+    """Object store of a local Ray."""
+
+
+class RunConfig(Section):
+    """One run. Top-level keys of the YAML file."""
+
+    name: str = "run"
+    """Name of the run; the run folder is `runs/<name>-<date>-<time>`."""
+    seed: NonNegative = 0
+    """Seed of model making, data order and sampling."""
+    runs_dir: Path = Path("runs")
+    """Where run folders are made."""
+    cache_dir: Path = Path(".cache")
+    """Where made base models are kept."""
+    agent: str | None = None
+    """`file.py:function` or `module:function` of an `@agl.rollout` function or LitAgent; None only from Python (`Trainer.fit(agent)`)."""
+    model: ModelConfig
+    data: DataConfig
+    rollout: RolloutSection = RolloutSection()
+    validation: ValidationConfig = ValidationConfig()
+    runners: RunnersConfig = RunnersConfig()
+    engine: EngineConfig = EngineConfig()
+    gateway: GatewayConfig = GatewayConfig()
+    algorithm: AlgorithmConfig = AlgorithmConfig()
+    learner: LearnerConfig = LearnerConfig()
+    weights: WeightsConfig = WeightsConfig()
+    store: StoreConfig = StoreConfig()
+    train: TrainConfig = TrainConfig()
+    cluster: ClusterConfig = ClusterConfig()
+
+    @property
+    def rollouts_per_step(self) -> int:
+        return self.rollout.groups_per_step * self.rollout.group_size
+
+    @model_validator(mode="after")
+    def _consistent(self) -> RunConfig:
+        if self.rollout.min_group > self.rollout.group_size:
+            raise ValueError(
+                f"rollout.min_group ({self.rollout.min_group}) is larger than rollout.group_size ({self.rollout.group_size}): no group could ever be trained on"
+            )
+        if self.rollout.max_tokens >= self.engine.max_model_len:
+            raise ValueError(
+                f"rollout.max_tokens ({self.rollout.max_tokens}) leaves no room for a prompt in engine.max_model_len ({self.engine.max_model_len})"
+            )
+        if self.algorithm.icepop_low >= self.algorithm.icepop_high:
+            raise ValueError("algorithm.icepop_low must be below algorithm.icepop_high")
+        if self.weights.transport == "nccl" and not (
+            self.engine.num_gpus and self.learner.num_gpus
+        ):
+            raise ValueError(
+                "weights.transport nccl needs engine.num_gpus and learner.num_gpus above 0; use gloo or auto on CPU"
+            )
+        if self.engine.num_gpus == 0 and self.engine.gpu_memory_utilization != 0.8:
+            raise ValueError(
+                "engine.gpu_memory_utilization has no effect with engine.num_gpus 0; leave it out"
+            )
+        if self.cluster.address is not None and self.cluster.local_cpus is not None:
+            raise ValueError(
+                "cluster.local_cpus applies to a local Ray only; leave it out where cluster.address is given"
+            )
+        return self

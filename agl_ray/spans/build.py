@@ -1,0 +1,52 @@
+"""Rows to an Arrow batch: missing columns become nulls, unknown ones are refused."""
+
+from __future__ import annotations
+
+import json
+import secrets
+from collections.abc import Mapping, Sequence
+from typing import Any
+
+import pyarrow as pa
+
+from agl_ray.spans.schema import SPAN_SCHEMA
+
+_NAMES = frozenset(SPAN_SCHEMA.names)
+_MAPS = ("attributes", "resource")
+_JSON = ("events", "links")
+
+
+def new_span_id() -> str:
+    """16 hex digits, as OpenTelemetry's."""
+    return secrets.token_hex(8)
+
+
+def span_batch(rows: Sequence[Mapping[str, Any]]) -> pa.RecordBatch:
+    """A batch in SPAN_SCHEMA from dictionaries keyed by column name.
+
+    `attributes` and `resource` are dictionaries of JSON values, `events` and `links` lists of JSON values;
+    `weight_versions` is a list of (start, version). ValueError names an unknown column.
+    """
+    for row in rows:
+        unknown = row.keys() - _NAMES
+        if unknown:
+            raise ValueError(
+                f"span column {sorted(unknown)[0]!r}: expected one of {sorted(_NAMES)}"
+            )
+    arrays = [
+        pa.array([_value(name, row.get(name)) for row in rows], SPAN_SCHEMA.field(name).type)
+        for name in SPAN_SCHEMA.names
+    ]
+    return pa.RecordBatch.from_arrays(arrays, schema=SPAN_SCHEMA)
+
+
+def _value(name: str, value: Any) -> Any:
+    if value is None:
+        return None
+    if name in _MAPS:
+        return [(key, json.dumps(item)) for key, item in value.items()]
+    if name in _JSON:
+        return json.dumps(value)
+    if name == "weight_versions":
+        return [{"start": start, "version": version} for start, version in value]
+    return value

@@ -1,0 +1,46 @@
+"""Shared fixtures: every test session starts its own Ray with its own temp dir, and closes it."""
+
+from __future__ import annotations
+
+import os
+import shutil
+import tempfile
+from collections.abc import Iterator
+from pathlib import Path
+
+import pytest
+
+REPO = Path(__file__).resolve().parent.parent
+
+# One OMP thread per process (two threads on two busy cores are ten times slower), no hub, no usage reports.
+os.environ.setdefault("OMP_NUM_THREADS", "1")
+os.environ.setdefault("HF_HUB_OFFLINE", "1")
+os.environ.setdefault("RAY_USAGE_STATS_ENABLED", "0")
+os.environ["PYTHONPATH"] = os.pathsep.join(
+    [str(REPO), *filter(None, [os.environ.get("PYTHONPATH")])]
+)
+
+
+@pytest.fixture(scope="session")
+def scratch() -> Iterator[Path]:
+    """A short-named temp folder of this session (Ray's socket paths must stay under 107 bytes)."""
+    folder = Path(tempfile.mkdtemp(prefix="agl"))
+    yield folder
+    shutil.rmtree(folder, ignore_errors=True)
+
+
+@pytest.fixture(scope="session")
+def ray_cluster(scratch: Path) -> Iterator[None]:
+    """A local Ray of this session: 4 logical CPUs, no dashboard; ended with the session."""
+    import ray
+
+    ray.init(
+        address="local",
+        num_cpus=4,
+        include_dashboard=False,
+        object_store_memory=256 * 1024 * 1024,
+        _temp_dir=str(scratch / "ray"),
+        log_to_driver=False,
+    )
+    yield
+    ray.shutdown()
