@@ -31,7 +31,7 @@ _NAMES = {
     "Trainer": "agl_ray.trainer",
 }
 
-__all__ = sorted([*_NAMES, "__version__"])  # noqa: PLE0605
+__all__ = sorted([*_NAMES, "__version__"])
 
 
 def __getattr__(name: str) -> Any:
