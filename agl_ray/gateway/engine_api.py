@@ -72,31 +72,20 @@ class GenerateChunk(msgspec.Struct, frozen=True, kw_only=True):
     response_ids: list[int]
     """The new ids, in order; chunks concatenated give `GenerateResult.response_ids`."""
     logprobs: list[float]
-    weight_versions: WeightSpans
-    """Spans over this chunk's ids: starts count from the chunk's first id."""
     finish_reason: FinishReason | None = None
+    weight_versions: WeightSpans = []
+    """On the last chunk only, over the whole response: an engine knows its spans for certain when it is done."""
     stop_reason: int | str | None = None
     cached_tokens: int = 0
     """As in `GenerateResult`, on the last chunk."""
-
-
-def extend_spans(spans: WeightSpans, offset: int, more: WeightSpans) -> WeightSpans:
-    """`spans` followed by `more` (whose starts count from `offset`), neighbours of one version joined. A new list."""
-    joined = list(spans)
-    for start, version in more:
-        if not joined or joined[-1][1] != version:
-            joined.append((offset + start, version))
-    return joined
 
 
 def join_chunks(chunks: Iterable[GenerateChunk]) -> GenerateResult:
     """The `GenerateResult` that a finished stream amounts to. ValueError when the last chunk carries no finish reason."""
     ids: list[int] = []
     logprobs: list[float] = []
-    spans: WeightSpans = []
     last: GenerateChunk | None = None
     for chunk in chunks:
-        spans = extend_spans(spans, len(ids), chunk.weight_versions)
         ids.extend(chunk.response_ids)
         logprobs.extend(chunk.logprobs)
         last = chunk
@@ -107,7 +96,7 @@ def join_chunks(chunks: Iterable[GenerateChunk]) -> GenerateResult:
     return GenerateResult(
         response_ids=ids,
         logprobs=logprobs,
-        weight_versions=spans,
+        weight_versions=last.weight_versions,
         finish_reason=last.finish_reason,
         stop_reason=last.stop_reason,
         cached_tokens=last.cached_tokens,

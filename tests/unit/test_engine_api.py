@@ -11,7 +11,6 @@ from agl_ray.gateway.engine_api import (
     GenerateChunk,
     GenerateRequest,
     GenerateResult,
-    extend_spans,
     join_chunks,
 )
 
@@ -33,14 +32,14 @@ def test_default_lists_are_not_shared() -> None:
     assert GenerateRequest(request_id="b", prompt_ids=[1], max_tokens=1).stop == []
 
 
-def test_chunks_join_and_equal_versions_merge() -> None:
+def test_chunks_join() -> None:
     chunks = [
-        GenerateChunk(response_ids=[1, 2], logprobs=[-1.0, -2.0], weight_versions=[(0, 4)]),
-        GenerateChunk(response_ids=[3, 4], logprobs=[-3.0, -4.0], weight_versions=[(0, 4), (1, 5)]),
+        GenerateChunk(response_ids=[1, 2], logprobs=[-1.0, -2.0]),
+        GenerateChunk(response_ids=[3, 4], logprobs=[-3.0, -4.0]),
         GenerateChunk(
             response_ids=[],
             logprobs=[],
-            weight_versions=[],
+            weight_versions=[(0, 4), (3, 5)],
             finish_reason="length",
             cached_tokens=8,
         ),
@@ -56,12 +55,6 @@ def test_chunks_join_and_equal_versions_merge() -> None:
 
 def test_a_broken_stream_is_no_result() -> None:
     with pytest.raises(ValueError, match="without a finish reason"):
-        join_chunks([GenerateChunk(response_ids=[1], logprobs=[-1.0], weight_versions=[(0, 1)])])
+        join_chunks([GenerateChunk(response_ids=[1], logprobs=[-1.0])])
     with pytest.raises(ValueError, match="without a finish reason"):
         join_chunks([])
-
-
-def test_extend_spans_leaves_its_input_alone() -> None:
-    spans = [(0, 1)]
-    assert extend_spans(spans, 4, [(0, 2)]) == [(0, 1), (4, 2)]
-    assert spans == [(0, 1)]
