@@ -1,0 +1,56 @@
+"""What the controller hands to the learner for one step: ids and rewards, never tokens or tensors.
+
+Made by the controller from rollouts that ended `ok`; read by learner/prepare.py on rank 0. JSON both ways with
+`types.to_json` and `types.from_json(body, TrainBatch)`. Test it alone with tests/unit/test_trajectory_batch.py.
+"""
+
+from __future__ import annotations
+
+import math
+
+from agl_ray.types.rollout import Record
+
+
+class Member(Record, frozen=True):
+    """One rollout of a group: its attempt that ended `ok`, and that attempt's reward (finite)."""
+
+    rollout_id: str
+    attempt_id: str
+    reward: float
+
+    def __post_init__(self) -> None:
+        if not math.isfinite(self.reward):
+            raise ValueError(
+                f"Member.reward of rollout {self.rollout_id}: expected a finite number, got {self.reward}; "
+                "an attempt without a reward did not end ok and must not be in the batch"
+            )
+
+
+class GroupPlan(Record, frozen=True):
+    """The surviving rollouts of one row of the dataset; their mean reward is the baseline."""
+
+    group_id: str
+    members: tuple[Member, ...]
+
+    def __post_init__(self) -> None:
+        if not self.members:
+            raise ValueError(
+                f"GroupPlan.members of group {self.group_id}: expected 1 or more, got 0"
+            )
+
+
+class TrainBatch(Record, frozen=True):
+    """One training step. `step` counts from 1; it turns weight version `step - 1` into version `step`."""
+
+    step: int
+    groups: tuple[GroupPlan, ...]
+
+    @property
+    def members(self) -> list[Member]:
+        """All members, group by group."""
+        return [member for group in self.groups for member in group.members]
+
+    @property
+    def attempts(self) -> list[tuple[str, str]]:
+        """(rollout_id, attempt_id) of all members, group by group: what `store.read_spans` takes."""
+        return [(member.rollout_id, member.attempt_id) for member in self.members]
