@@ -1,0 +1,65 @@
+# agl_ray: every target sets up .venv by itself from the pinned lock (nothing but python3, make and a package index).
+# Variables: PYTHON (the Python that makes .venv), SET (cpu or gpu: which lock), SEED (of the demo), CONFIG (of the demo).
+
+PYTHON ?= python3
+SET ?= cpu
+SEED ?= 0
+CONFIG ?= configs/quickstart.yaml
+
+VENV := .venv
+BIN := $(VENV)/bin
+LOCK := cluster/locks/$(SET).lock
+READY := $(VENV)/.ready-$(SET)
+SOURCES := agl_ray actors tests examples cluster
+
+# Two OpenMP threads on two busy cores are ten times slower than one; nothing here asks a model hub for anything.
+export OMP_NUM_THREADS ?= 1
+export HF_HUB_OFFLINE ?= 1
+export RAY_USAGE_STATS_ENABLED ?= 0
+
+.DEFAULT_GOAL := help
+.PHONY: help venv demo test test-fast lint typecheck fmt bench check locks clean
+
+help: ## what can be made
+	@echo "make TARGET [PYTHON=python3.11] [SET=cpu|gpu] [SEED=0]"
+	@sed -n 's/^\([a-z-]*\):.*## \(.*\)/  \1\t\2/p' $(MAKEFILE_LIST) | expand -t 14
+
+venv: $(READY) ## set up .venv from the lock of SET
+
+$(READY): $(LOCK) pyproject.toml cluster/locks/install.py
+	@command -v $(PYTHON) >/dev/null || { echo "$(PYTHON) is not there; name the Python to use: make PYTHON=/path/to/python3.11" >&2; exit 2; }
+	@$(PYTHON) cluster/locks/install.py --lock $(LOCK) --venv $(VENV)
+	@touch $@
+
+demo: $(READY) ## train the calculator agent of the quickstart (SEED=0)
+	@$(BIN)/agl-ray train $(CONFIG) seed=$(SEED)
+
+test: $(READY) ## all tests: unit, property, integration, faults
+	$(BIN)/python -m pytest tests
+
+test-fast: $(READY) ## the tests that need no minutes: unit, property, light integration
+	$(BIN)/python -m pytest tests/unit tests/property tests/integration -m "not slow"
+
+lint: typecheck ## ruff, types, floors
+	$(BIN)/ruff check $(SOURCES)
+	$(BIN)/ruff format --check $(SOURCES)
+	$(BIN)/lint-imports
+
+typecheck: $(READY) ## mypy, strict
+	$(BIN)/mypy
+
+fmt: $(READY) ## format and mend what ruff can mend
+	$(BIN)/ruff format $(SOURCES)
+	$(BIN)/ruff check --fix $(SOURCES)
+
+bench: $(READY) ## the loop against the ideal, quick (bench-e2e.json)
+	$(BIN)/agl-ray bench e2e --quick --json bench-e2e.json
+
+check: $(READY) ## is this machine fit for the demo; what to mend
+	$(BIN)/agl-ray check $(CONFIG)
+
+locks: ## compile cluster/locks/*.lock anew (needs uv and a package index)
+	$(PYTHON) cluster/locks/compile.py
+
+clean: ## remove .venv, caches and made models; runs/ stays
+	rm -rf $(VENV) .cache .mypy_cache .pytest_cache .ruff_cache .hypothesis .import_linter_cache *.egg-info build dist

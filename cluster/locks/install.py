@@ -1,0 +1,152 @@
+"""Set up a virtual environment from a complete lock, with progress a person can follow.
+
+`make` calls it (`python3 cluster/locks/install.py --lock cluster/locks/cpu.lock --venv .venv`); it needs the standard
+library only. The lock names every package, so nothing is resolved, and two pips install a part each at the same time.
+pip's own words go to VENV/install-*.log; the last of them are shown when it fails. Exit codes: 0 done, 2 this machine
+lacks something (and how to mend it). It must parse on old Pythons, to be able to say that they are too old.
+"""
+
+from __future__ import annotations
+
+import argparse
+import os
+import subprocess
+import sys
+import time
+from pathlib import Path
+
+OLDEST = (3, 11)
+# The first pip takes these, the second all others: about the same time each.
+FIRST_SHARE = ("torch", "ray", "transformers", "sympy", "pyarrow")
+
+
+def main() -> int:
+    options = _options()
+    if sys.version_info[:2] < OLDEST:
+        return _fail(
+            "Python {}.{} or newer is needed, and {} is {}.{}. Name another one: make PYTHON=python3.11".format(
+                *OLDEST, sys.executable, *sys.version_info[:2]
+            )
+        )
+    lines = [line.strip() for line in options.lock.read_text().splitlines()]
+    pins = [line for line in lines if line and not line.startswith("#")]
+    started = time.monotonic()
+    print(f"setting up {options.venv} from {options.lock} ({len(pins)} packages)", flush=True)
+    if not _make_venv(options.venv):
+        return 2
+    if not _install(options.venv, pins) or not _install_project(options.venv):
+        return 2
+    problem = _wrong_torch(options.venv, pins)
+    if problem:
+        return _fail(problem)
+    print(f"{options.venv} is ready after {time.monotonic() - started:.0f} s", flush=True)
+    return 0
+
+
+def _options() -> argparse.Namespace:
+    parser = argparse.ArgumentParser(description="Set up a virtual environment from a lock.")
+    parser.add_argument("--lock", type=Path, required=True)
+    parser.add_argument("--venv", type=Path, required=True)
+    return parser.parse_args()
+
+
+def _fail(text: str) -> int:
+    print(text, file=sys.stderr)
+    return 2
+
+
+def _make_venv(venv: Path) -> bool:
+    command = [sys.executable, "-m", "venv", "--clear", str(venv)]
+    done = subprocess.run(command, capture_output=True, text=True, check=False)
+    if done.returncode:
+        words = (done.stdout + done.stderr).strip()
+        _fail(
+            f"{' '.join(command)} failed: {words}\n"
+            "On Debian and Ubuntu the module comes with: apt-get install python3-venv"
+        )
+    return done.returncode == 0
+
+
+def _pip(venv: Path, log: Path, arguments: list[str]) -> subprocess.Popen[str]:
+    # pip without progress bars and without a prompt; its configuration (indexes, proxies) stays the person's.
+    command = [str(venv / "bin" / "python"), "-m", "pip", "install", "--no-deps", "--no-input"]
+    command += ["--disable-pip-version-check", "--progress-bar", "off", *arguments]
+    with log.open("w") as sink:
+        return subprocess.Popen(command, stdout=sink, stderr=subprocess.STDOUT, text=True)
+
+
+def _install(venv: Path, pins: list[str]) -> bool:
+    """Install all pins by two pips side by side, showing how many are downloaded and installed."""
+    first = [pin for pin in pins if pin.split("==")[0] in FIRST_SHARE]
+    second = [pin for pin in pins if pin not in first]
+    shares = []
+    for number, share in enumerate([first, second]):
+        wanted = venv / f"install-{number}.txt"
+        wanted.write_text("\n".join(share) + "\n")
+        log = venv / f"install-{number}.log"
+        shares.append((_pip(venv, log, ["-r", str(wanted)]), log))
+    try:
+        _follow(venv, shares, len(pins))
+    finally:
+        for process, _ in shares:
+            if process.poll() is None:
+                process.terminate()
+    return all(_succeeded(process, log) for process, log in shares)
+
+
+def _follow(venv: Path, shares: list[tuple[subprocess.Popen[str], Path]], total: int) -> None:
+    """Show progress until both pips have ended, or one has failed."""
+    started, shown_at = time.monotonic(), 0.0
+    while any(process.poll() is None for process, _ in shares):
+        if any(process.poll() for process, _ in shares):
+            return
+        time.sleep(0.5)
+        now = time.monotonic()
+        if now - shown_at < (0.5 if sys.stdout.isatty() else 15):
+            continue
+        shown_at = now
+        fetched = sum(log.read_text().count("Collecting ") for _, log in shares)
+        installed = len(list(venv.glob("lib/python*/site-packages/*.dist-info")))
+        _show(f"  {now - started:4.0f} s  fetched {fetched}/{total}, installed {installed}/{total}")
+    if sys.stdout.isatty():
+        print()
+
+
+def _show(line: str) -> None:
+    print(line, end="\r" if sys.stdout.isatty() else "\n", flush=True)
+
+
+def _install_project(venv: Path) -> bool:
+    log = venv / "install-project.log"
+    # The lock has setuptools: no second download for an isolated build.
+    process = _pip(venv, log, ["--no-build-isolation", "-e", "."])
+    process.wait()
+    return _succeeded(process, log)
+
+
+def _succeeded(process: subprocess.Popen[str], log: Path) -> bool:
+    if process.returncode:
+        tail = log.read_text().strip().splitlines()[-15:]
+        _fail(f"pip failed; the end of {log}:\n" + "\n".join(f"  {line}" for line in tail))
+    return process.returncode == 0
+
+
+def _wrong_torch(venv: Path, pins: list[str]) -> str | None:
+    """Why this torch cannot be used with a CPU lock, or None. A CUDA build lacks its libraries here and does not import."""
+    versions = list(venv.glob("lib/python*/site-packages/torch/version.py"))
+    if any(pin.startswith("nvidia-") for pin in pins) or not versions:
+        return None
+    facts: dict[str, object] = {}
+    exec(versions[0].read_text(), facts)
+    if facts.get("cuda") is None:
+        return None
+    return (
+        f"pip took torch {facts.get('__version__')}, a CUDA build, and this lock is for the CPU. Give pip the index of "
+        "torch's CPU wheels (README, 'Installing'): make clean, then make PIP_EXTRA_INDEX_URL=... or, on a machine "
+        "with NVIDIA GPUs, make SET=gpu."
+    )
+
+
+if __name__ == "__main__":
+    os.environ.setdefault("PYTHONUNBUFFERED", "1")
+    raise SystemExit(main())
