@@ -16,7 +16,11 @@ class Section(BaseModel):
     """Base of all sections: unknown keys refused, values not coerced across types, frozen after loading."""
 
     model_config = ConfigDict(
-        extra="forbid", frozen=True, use_attribute_docstrings=True, validate_default=True
+        extra="forbid",
+        frozen=True,
+        use_attribute_docstrings=True,
+        validate_default=True,
+        allow_inf_nan=False,
     )
 
 
@@ -209,13 +213,13 @@ class ClusterConfig(Section):
 class RunConfig(Section):
     """One run. Top-level keys of the YAML file."""
 
-    name: str = "run"
-    """Name of the run; the run folder is `runs/<name>-<date>-<time>`."""
+    name: Annotated[str, Field(pattern=r"^[A-Za-z0-9][A-Za-z0-9._-]{0,63}$")] = "run"
+    """Name of the run; the run folder is `runs/<name>-<date>-<time>`. Letters, digits, dot, dash, underscore."""
     seed: NonNegative = 0
     """Seed of model making, data order and sampling."""
-    runs_dir: Path = Path("runs")
+    runs_dir: Path = Field(default=Path("runs"), validate_default=False)
     """Where run folders are made."""
-    cache_dir: Path = Path(".cache")
+    cache_dir: Path = Field(default=Path(".cache"), validate_default=False)
     """Where made base models are kept."""
     agent: str | None = None
     """`file.py:function` or `module:function` of an `@agl.rollout` function or LitAgent; None only from Python (`Trainer.fit(agent)`)."""
