@@ -1,0 +1,398 @@
+"""Controller: the algorithm's loops around store, runners, learner and weight sync. Holds ids, rewards and counts only.
+
+    rows --enqueue--> [store] --lease--> [runners] --calls--> [gateway, engine]
+                         |                                        ^
+      finished groups    v                                        | weights, version b+1
+    [feeder] ==slots==> [windowed queue] ==batches==> [trainer] --+--> [learner ranks]
+    [pool] keeps the runners alive                [ledger] position of the run, in the store
+
+    loop      consumes                    produces                     waits for                     unblocked by
+    feeder    free slots of the window    groups of ok attempts        every rollout of a group      the store: the last of them is final
+    trainer   batches of P groups         weight versions, metrics     the batch; the learner; sync  the feeder; Ray; the engines' checksums
+    pool      deaths of runners           new runners                  a runner's end                Ray
+
+The journal of a step is written before it is trained (`step/<k>`: which attempts, which rewards), so whatever dies, the weights of version
+k can be made again from the last checkpoint and the stored attempts: a dead learner rank, a dead controller and `--resume` all take
+that one road (`_restore_learners`).
+"""
+
+from __future__ import annotations
+
+import asyncio
+import time
+from collections.abc import Coroutine
+from pathlib import Path
+from typing import Any
+
+import ray
+from ray.actor import ActorHandle
+
+from actors.learner_group import LearnerGroup, LearnerLost
+from actors.rollout_groups import GroupRollouts
+from actors.runner_pool import RunnerPool
+from agl_ray.agents import LitAgent
+from agl_ray.config import RunConfig
+from agl_ray.ops.events import Done, Event, Notice, Phase, Progress, StepDone, Validation
+from agl_ray.ops.ledger import Evaluation, Ledger
+from agl_ray.ops.metrics import MetricsWriter
+from agl_ray.ops.summary import confidence_interval
+from agl_ray.schedule import WindowedQueue
+from agl_ray.store import LightningStore
+from agl_ray.trajectory.batch import GroupPlan, TrainBatch
+from agl_ray.types import LLM, RunError, from_json, to_json
+from agl_ray.waits import wait
+
+LEARNER_RESTARTS = 5  # in one run; more is a fault that restarting does not mend
+MODEL_NAME = "main"
+POSITION = "run/position"
+
+
+class Controller:
+    """One run. `boot` makes the learner and the first weights, `run` trains, `events` tells, `stop` ends.
+
+    config: RunConfig as a dictionary. rows, held_out: the data. agent: a LitAgent or its import string (with `base`).
+    """
+
+    def __init__(
+        self,
+        config: dict[str, Any],
+        *,
+        namespace: str,
+        run_folder: str,
+        base: str,
+        model_path: str,
+        agent: LitAgent | str,
+        rows: list[Any],
+        held_out: list[Any],
+    ) -> None:
+        self.config = RunConfig.model_validate(config)
+        self.namespace, self.base, self.model_path = namespace, base, model_path
+        self.folder = Path(run_folder)
+        self.agent, self.rows, self.held_out = agent, rows, held_out
+        self.store = LightningStore.connect("store", namespace=namespace)
+        self.sync: ActorHandle = ray.get_actor("weight_sync", namespace=namespace)
+        self.learners = LearnerGroup(self.config, model_path, namespace, self.folder)
+        self.ledger = Ledger()
+        self.metrics = MetricsWriter(self.folder)
+        self._events: list[Event] = []
+        self._told = asyncio.Condition()
+        self._body: asyncio.Task[dict[str, Any]] | None = None
+        self._pool: RunnerPool | None = None
+        self._failures: dict[str, int] = {}
+
+    async def ping(self) -> str:
+        return "controller"
+
+    # What the person sees ------------------------------------------------------------------------
+
+    async def events(self, cursor: int, wait_seconds: float) -> list[Event]:
+        """The events from number `cursor` on; waits up to `wait_seconds` for the first of them."""
+        async with self._told:
+            try:
+                await asyncio.wait_for(
+                    self._told.wait_for(lambda: len(self._events) > cursor), wait_seconds
+                )
+            except TimeoutError:
+                return []
+            return self._events[cursor:]
+
+    async def _tell(self, event: Event) -> None:
+        if isinstance(event, Notice):
+            self.ledger.notices.append(event.text)
+        async with self._told:
+            self._events.append(event)
+            self._told.notify_all()
+
+    def _tell_soon(self, event: Event) -> None:
+        """`_tell` from a callback."""
+        task = asyncio.ensure_future(self._tell(event))
+        task.add_done_callback(lambda done: done.exception())
+
+    async def _phase(self, name: str, work: Coroutine[Any, Any, Any]) -> Any:
+        """Await `work` as a named phase: told at start and end, its seconds booked under `name`."""
+        await self._tell(Phase(name=name, state="start"))
+        started = time.monotonic()
+        try:
+            return await work
+        finally:
+            seconds = time.monotonic() - started
+            self.ledger.book(name, seconds)
+            await self._tell(Phase(name=name, state="end", seconds=seconds))
+
+    # Setting up -----------------------------------------------------------------------------------
+
+    async def boot(self) -> int:
+        """Learner up, weights of the run's position staged and in the engines; returns that version.
+
+        Runs beside the start of the engines: each of them waits for these first weights before it serves.
+        """
+        saved = await self.store.get_state(POSITION)
+        if saved is not None:
+            self.ledger = from_json(saved, Ledger)
+            self.metrics.cut(self.ledger.step)
+        await self._restore_learners(self.ledger.step)
+        await self._publish(self.ledger.step, seconds=self.config.engine.start_seconds)
+        return self.ledger.step
+
+    async def _restore_learners(self, step: int) -> None:
+        """A learner group holding the weights of version `step`: newest checkpoint, then the journalled steps again."""
+        self.learners.kill()
+        await self.learners.start()
+        loaded = await self.learners.load_newest(step)
+        for done in range(loaded, step):
+            body = await self.store.get_state(f"step/{done + 1}")
+            if body is None:
+                raise RunError(f"step {done + 1} is not in the store's journal: cannot make its weights again")
+            await self.learners.train(from_json(body, TrainBatch), self.store)
+        await wait(
+            self.sync.set_learner.remote(self.learners.rank0),
+            on="weight sync to take the learner",
+            seconds=30,
+        )
+
+    async def _publish(self, version: int, seconds: float | None = None) -> dict[str, Any]:
+        """Stage `version` and bring it into every engine."""
+        manifest = await self.learners.stage(version)
+        limit = seconds or self.config.weights.timeout_seconds
+        result = await wait(
+            self.sync.publish.remote(manifest, limit),
+            on=f"weights of version {version} to reach the engines",
+            seconds=limit + 30,
+        )
+        for text in result.get("notices", []):
+            await self._tell(Notice(text=text))
+        return dict(result)
+
+    # Training -------------------------------------------------------------------------------------
+
+    async def run(self, endpoint: str) -> dict[str, Any]:
+        """Train to the last step and return the facts of the summary. `endpoint`: root of the gateway."""
+        self._body = asyncio.ensure_future(self._run(endpoint))
+        return await self._body
+
+    async def _run(self, endpoint: str) -> dict[str, Any]:
+        resources = await self.store.add_resources({"main_llm": LLM(endpoint=endpoint, model=MODEL_NAME)})
+        groups = GroupRollouts(
+            self.config,
+            self.store,
+            self.rows,
+            resources.resources_id,
+            first_position=self.ledger.next_row,
+        )
+        pool = RunnerPool(
+            self.config,
+            self.store,
+            self.agent,
+            base=self.base,
+            namespace=self.namespace,
+            notice=lambda text: self._tell_soon(Notice(text=text)),
+        )
+        self._pool = pool
+        supervision = asyncio.ensure_future(pool.supervise())
+        training = asyncio.ensure_future(self._train(groups))
+        try:
+            await asyncio.wait({supervision, training}, return_when=asyncio.FIRST_COMPLETED)
+            if not training.done():
+                supervision.result()  # raises: the pool ends early only by an error
+            return training.result()
+        finally:
+            training.cancel()
+            await pool.stop()
+            await asyncio.gather(supervision, training, return_exceptions=True)
+
+    async def _train(self, groups: GroupRollouts) -> dict[str, Any]:
+        if self.ledger.before is None:
+            await self._phase("preflight", groups.preflight())
+            self.ledger.before = await self._evaluate(groups, 0)
+            await self._commit(groups)
+        queue: WindowedQueue[GroupPlan] = WindowedQueue(
+            groups_per_batch=self.config.rollout.groups_per_step,
+            staleness=self.config.train.staleness,
+            num_batches=self.config.train.steps,
+            first_batch=self.ledger.step,
+        )
+        feeder = asyncio.ensure_future(self._feed(queue, groups))
+        try:
+            while self.ledger.step < self.config.train.steps:
+                await self._step(queue, groups, feeder)
+        finally:
+            feeder.cancel()
+            await asyncio.gather(feeder, return_exceptions=True)
+        if self.ledger.after is None:
+            self.ledger.after = await self._evaluate(groups, self.ledger.step)
+            await self._commit(groups)
+        await self._phase("export", self.learners.export(self.folder / "export"))
+        facts = await self._facts()
+        await self._tell(Done(summary=facts))
+        return facts
+
+    async def _feed(self, queue: WindowedQueue[GroupPlan], groups: GroupRollouts) -> None:
+        """Hand every free slot a group; ends when the run has no more slots."""
+        size = self.config.rollout.group_size
+        done: dict[int, int] = {}
+
+        async def fill(slot: int) -> None:
+            step = slot // queue.groups_per_batch + 1
+
+            def progress(count: int) -> None:
+                done[step] = done.get(step, 0) + count
+                total = queue.groups_per_batch * size
+                self._tell_soon(Progress(name=f"rollouts of step {step}", done=done[step], total=total))
+
+            await queue.finish(slot, await groups.group(step, progress))
+
+        async with asyncio.TaskGroup() as tasks:
+            while (slot := await queue.start_slot()) is not None:
+                tasks.create_task(fill(slot))
+
+    async def _step(
+        self, queue: WindowedQueue[GroupPlan], groups: GroupRollouts, feeder: asyncio.Task[None]
+    ) -> None:
+        """One training step: batch, journal, update, sync, position."""
+        step = self.ledger.step + 1
+        before = dict(self.ledger.seconds)
+        batch = await self._phase("rollout", self._next_batch(queue, step, feeder))
+        await self.store.put_state(f"step/{step}", to_json(batch))
+        metrics = await self._phase("update", self._update(batch))
+        result = await self._phase("sync", self._publish_again(step))
+        self.ledger.take(metrics, step)
+        if step % self.config.train.checkpoint_every == 0 or step == self.config.train.steps:
+            await self._phase("checkpoint", self.learners.save(step))
+        every = self.config.validation.every
+        validation = None
+        if every and step % every == 0 and step < self.config.train.steps:
+            validation = await self._evaluate(groups, step)
+        await self._commit(groups)
+        await queue.advance(step)
+        await self._report(batch, metrics, result, before, groups, validation)
+
+    async def _next_batch(
+        self, queue: WindowedQueue[GroupPlan], step: int, feeder: asyncio.Task[None]
+    ) -> TrainBatch:
+        """The next batch, or the feeder's error: a queue that is not fed would never be full."""
+        batch = asyncio.ensure_future(queue.next_batch())
+        await asyncio.wait({batch, feeder}, return_when=asyncio.FIRST_COMPLETED)
+        if not batch.done() and feeder.done():
+            batch.cancel()
+            raise _first_error(feeder.exception())
+        return TrainBatch(step=step, groups=tuple(await batch))
+
+    async def _update(self, batch: TrainBatch) -> dict[str, Any]:
+        """Train on `batch`; when a rank dies, make the group again from the last checkpoint and go on."""
+        while True:
+            try:
+                return await self.learners.train(batch, self.store)
+            except LearnerLost as error:
+                await self._recover(error, batch.step - 1)
+
+    async def _publish_again(self, version: int) -> dict[str, Any]:
+        """Publish `version`; a learner that dies meanwhile is made again with the weights of `version`."""
+        while True:
+            try:
+                return await self._publish(version)
+            except LearnerLost as error:
+                await self._recover(error, version)
+
+    async def _recover(self, error: LearnerLost, step: int) -> None:
+        while True:
+            self.ledger.learner_restarts += 1
+            if self.ledger.learner_restarts > LEARNER_RESTARTS:
+                raise RunError(
+                    f"the learner was lost {self.ledger.learner_restarts} times in this run; the last time: {error}"
+                )
+            await self._tell(Notice(text=f"{error}; the learner starts again from its last checkpoint"))
+            try:
+                await self._restore_learners(step)
+                return
+            except LearnerLost as again:
+                error = again
+
+    # Books ----------------------------------------------------------------------------------------
+
+    async def _evaluate(self, groups: GroupRollouts, step: int) -> Evaluation:
+        rows = self.held_out[: self.config.validation.rows]
+        done = 0
+
+        def progress(count: int) -> None:
+            nonlocal done
+            done += count
+            self._tell_soon(Progress(name="validation", done=done, total=len(rows)))
+
+        result: Evaluation = await self._phase("validation", groups.evaluate(rows, step, progress))
+        if not result.rewards:
+            raise RunError(f"validation at step {step}: no rollout succeeded (end reasons: {result.failures})")
+        mean, interval = confidence_interval(result.rewards)
+        await self._tell(
+            Validation(step=step, accuracy=mean, ci95=interval, n=len(result.rewards))
+        )
+        return result
+
+    async def _commit(self, groups: GroupRollouts) -> None:
+        """Write the run's position into the store: what is not in it never happened."""
+        self.ledger.next_row = groups.position
+        self.ledger.dropped_groups += groups.dropped_groups
+        groups.dropped_groups = 0
+        await self.store.put_state(POSITION, to_json(self.ledger))
+
+    async def _report(
+        self,
+        batch: TrainBatch,
+        metrics: dict[str, Any],
+        result: dict[str, Any],
+        before: dict[str, float],
+        groups: GroupRollouts,
+        validation: Evaluation | None,
+    ) -> None:
+        rewards = [member.reward for member in batch.members]
+        row = {
+            "step": batch.step,
+            "reward": sum(rewards) / len(rewards),
+            "groups": len(batch.groups),
+            "rollouts": len(rewards),
+            "dropped_groups": self.ledger.dropped_groups,
+            **{key: value for key, value in metrics.items() if isinstance(value, int | float)},
+            "sync_ms": 1000 * float(result.get("seconds", 0.0)),
+            "pause_ms": 1000 * float(result.get("pause_seconds", 0.0)),
+            "weight_version": batch.step,
+            "failures": await self._new_failures(),
+        }
+        for name in ("rollout", "update", "sync", "validation", "checkpoint"):
+            row[f"seconds_{name}"] = self.ledger.seconds.get(name, 0.0) - before.get(name, 0.0)
+        if validation is not None:
+            row["validation"] = sum(validation.rewards) / len(validation.rewards)
+        self.metrics.write(row)
+        await self._tell(StepDone(step=batch.step, steps=self.config.train.steps, metrics=row))
+
+    async def _new_failures(self) -> dict[str, int]:
+        """Attempts that did not end ok since the last call, by end reason."""
+        ends = (await self.store.statistics())["end_reasons"]
+        new = {k: n - self._failures.get(k, 0) for k, n in ends.items() if k != "ok"}
+        self._failures = dict(ends)
+        return {reason: count for reason, count in new.items() if count}
+
+    async def _facts(self) -> dict[str, Any]:
+        """What the summary needs beyond the ledger: counts from the store, example conversations."""
+        statistics = await self.store.statistics()
+        if self.ledger.before is None or self.ledger.after is None:
+            raise RunError("the run ended without its two validations")
+        return {
+            "ledger": self.ledger,
+            "end_reasons": statistics["end_reasons"],
+            "store": statistics,
+        }
+
+    # Ending ---------------------------------------------------------------------------------------
+
+    async def stop(self) -> None:
+        """End runners and learner; the store keeps the position. Called at the end and on interruption."""
+        if self._body is not None and not self._body.done():
+            self._body.cancel()
+            await asyncio.wait({self._body}, timeout=10)
+        self.learners.kill()
+
+
+def _first_error(error: BaseException | None) -> BaseException:
+    """The first real error inside (possibly nested) exception groups."""
+    while isinstance(error, BaseExceptionGroup):
+        error = error.exceptions[0]
+    return error or RunError("the feeder ended before the run did")

@@ -1,0 +1,203 @@
+"""Groups of rollouts, from a row to `ok` attempts with rewards: what the controller asks of store and runners.
+
+Plain asyncio over the store's client; no actor of its own. Three askers: `preflight` (does the agent run at all?), `group`
+(one slot of a training batch, refilled until enough of its members ended ok), `evaluate` (held-out rows).
+"""
+
+from __future__ import annotations
+
+import asyncio
+from collections import Counter
+from collections.abc import Callable
+from typing import Any
+
+from agl_ray.config import RunConfig
+from agl_ray.ops.ledger import Evaluation
+from agl_ray.schedule import RowOrder
+from agl_ray.store import LightningStore
+from agl_ray.trajectory.batch import GroupPlan, Member
+from agl_ray.types import (
+    AgentFailure,
+    Attempt,
+    AttemptStatus,
+    EndReason,
+    EnqueueRolloutRequest,
+    Rollout,
+    RolloutConfig,
+    RunError,
+    WaitTimeout,
+    new_id,
+)
+
+GRACE = 30.0  # seconds over the attempts' own deadlines before the controller gives a rollout up
+RETRY = (AttemptStatus.TIMEOUT, AttemptStatus.UNRESPONSIVE)
+PREFLIGHT_ROWS = 2
+
+
+class GroupRollouts:
+    """Enqueues rollouts and waits for their ends.
+
+    progress(done, total): called as rollouts of the current phase end. Consecutive dropped groups are bounded: when
+    3 x groups_per_step in a row are dropped, RunError says of what.
+    """
+
+    def __init__(
+        self,
+        config: RunConfig,
+        store: LightningStore,
+        train_rows: list[Any],
+        resources_id: str,
+        *,
+        first_position: int,
+    ) -> None:
+        self.config, self.store, self.rows = config, store, train_rows
+        self.resources_id = resources_id
+        self.order = RowOrder(len(train_rows), config.seed, shuffle=config.data.shuffle)
+        self.position = first_position  # rows handed out so far, replaced ones included
+        self.dropped_groups = 0
+        self._dropped_in_a_row = 0
+
+    def _request(self, row: Any, mode: str, metadata: dict[str, Any]) -> EnqueueRolloutRequest:
+        settings = self.config.rollout
+        temperature = (
+            settings.temperature if mode == "train" else self.config.validation.temperature
+        )
+        return EnqueueRolloutRequest(
+            input=row,
+            mode=mode,
+            resources_id=self.resources_id,
+            config=RolloutConfig(
+                timeout_seconds=settings.timeout_seconds,
+                unresponsive_seconds=self.config.runners.lease_seconds,
+                max_attempts=settings.max_attempts,
+                retry_condition=RETRY,
+            ),
+            metadata={
+                **metadata,
+                "sampling": {"temperature": temperature, "max_tokens": settings.max_tokens},
+            },
+            rollout_id=new_id("ro"),
+        )
+
+    async def _run(
+        self, requests: list[EnqueueRolloutRequest]
+    ) -> list[tuple[Rollout, Attempt | None]]:
+        """Enqueue, wait until every rollout is final, and return each with its latest attempt, in order.
+
+        Past the sum of the attempts' deadlines (runners busy with others count against it only through the queue, so the
+        deadline is generous) what is still open is cancelled, and counts as a failure.
+        """
+        rollouts = await self.store.enqueue_many_rollouts(requests)
+        ids = [rollout.rollout_id for rollout in rollouts]
+        per_attempt = self.config.rollout.timeout_seconds + self.config.runners.lease_seconds
+        waves = 1 + self.config.rollouts_per_step // (
+            self.config.runners.num_runners * self.config.runners.concurrency
+        )
+        limit = per_attempt * self.config.rollout.max_attempts * waves + GRACE
+        done = await self.store.wait_for_rollouts(rollout_ids=ids, timeout=limit)
+        if len(done) < len(ids):
+            missing = sorted(set(ids) - {rollout.rollout_id for rollout in done})
+            await self.store.cancel_rollouts(missing)
+            if not done:
+                raise WaitTimeout(
+                    f"{len(ids)} rollouts to end (first {ids[0]})",
+                    limit,
+                    "no runner ended any of them: are runners alive and free? see `agl-ray doctor`",
+                )
+        attempts = await self.store.get_attempts(ids)
+        by_id = {attempt.rollout_id: attempt for attempt in attempts}
+        return [(rollout, by_id.get(rollout.rollout_id)) for rollout in rollouts]
+
+    async def preflight(self) -> None:
+        """Two single rollouts before anything long: AgentFailure with the agent's own error when both fail by it,
+        RunError when both fail otherwise."""
+        rows = self.rows[:PREFLIGHT_ROWS]
+        ended = await self._run([self._request(row, "train", {"preflight": True}) for row in rows])
+        attempts = [attempt for _, attempt in ended]
+        failed = [a for a in attempts if a is None or a.end_reason is not EndReason.OK]
+        if len(failed) < len(attempts):
+            return
+        last = failed[-1]
+        reason = last.end_reason if last is not None else None
+        error = last.error if last is not None else "no attempt was started"
+        if reason is EndReason.AGENT_ERROR:
+            raise AgentFailure(
+                f"the agent failed on each of {len(failed)} trial rollouts, so nothing was trained: {error}. "
+                "Mend the agent (run it alone on that row first) and start again."
+            )
+        raise RunError(f"each of {len(failed)} trial rollouts ended {reason}: {error}")
+
+    async def group(self, step: int, progress: Callable[[int], None]) -> GroupPlan:
+        """One group of a training batch: a row's rollouts whose attempts ended ok, at least `min_group` of them.
+
+        A group with fewer is dropped and another row takes its place (counted); RunError when too many are dropped
+        in a row.
+        """
+        settings = self.config.rollout
+        reasons: Counter[str] = Counter()
+        while True:
+            position, self.position = self.position, self.position + 1
+            row = self.rows[self.order.row(position)]
+            requests = [
+                self._request(row, "train", {"step": step, "row": position, "group_index": i})
+                for i in range(settings.group_size)
+            ]
+            ended = await self._run(requests)
+            members = tuple(_member(a) for _, a in ended if a is not None and _usable(a))
+            if len(members) >= settings.min_group:
+                self._dropped_in_a_row = 0
+                progress(settings.group_size)
+                return GroupPlan(group_id=f"{step}-{position}", members=members)
+            self.dropped_groups += 1
+            self._dropped_in_a_row += 1
+            errors = [a for _, a in ended if a is not None and not _usable(a)]
+            reasons.update(str(a.end_reason) for a in errors)
+            if self._dropped_in_a_row >= 3 * settings.groups_per_step:
+                raise RunError(
+                    f"{self._dropped_in_a_row} groups in a row had fewer than rollout.min_group ({settings.min_group}) "
+                    f"successful rollouts (end reasons: {dict(reasons)}); the last error was: {errors[-1].error if errors else None}"
+                )
+
+    async def evaluate(
+        self, rows: list[Any], step: int, progress: Callable[[int], None]
+    ) -> Evaluation:
+        """Every row once, in mode val. Failures are counted by reason and are no zero among the rewards."""
+        size = max(1, self.config.rollout.group_size * 4)
+        chunks = [rows[i : i + size] for i in range(0, len(rows), size)]
+
+        async def run_chunk(start: int, chunk: list[Any]) -> list[Attempt | None]:
+            requests = [
+                self._request(row, "val", {"step": step, "row": start * size + i})
+                for i, row in enumerate(chunk)
+            ]
+            ended = await self._run(requests)
+            progress(len(chunk))
+            return [attempt for _, attempt in ended]
+
+        nested = await asyncio.gather(*(run_chunk(i, chunk) for i, chunk in enumerate(chunks)))
+        attempts = [attempt for chunk in nested for attempt in chunk]
+        good = [a for a in attempts if a is not None and _usable(a)]
+        failures = Counter(
+            str(a.end_reason) if a is not None else "not_started"
+            for a in attempts
+            if a is None or not _usable(a)
+        )
+        return Evaluation(
+            step=step,
+            rewards=[float(a.reward or 0.0) for a in good],
+            failures=dict(failures),
+            attempts=[(a.rollout_id, a.attempt_id) for a in good],
+        )
+
+
+def _usable(attempt: Attempt) -> bool:
+    """Only an `ok` attempt with a reward may enter an advantage or an average (contract 1)."""
+    return attempt.end_reason is EndReason.OK and attempt.reward is not None
+
+
+def _member(attempt: Attempt) -> Member:
+    if attempt.reward is None:
+        raise ValueError(f"attempt {attempt.attempt_id}: expected a reward, got None")
+    return Member(
+        rollout_id=attempt.rollout_id, attempt_id=attempt.attempt_id, reward=attempt.reward
+    )

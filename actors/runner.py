@@ -1,0 +1,183 @@
+"""Runner: leases rollouts from the store and runs the agent on them, many at once.
+
+One Ray actor of a pool (`actors.runner_pool`). It holds no state that matters: when it dies, Ray says so at once, the store
+ends its open attempts as `lost` and queues their rollouts again, and the pool starts another runner.
+
+    loop      consumes             produces                       waits for
+    lease     free places          attempts                       the store's queue (long poll), at most LEASE_POLL seconds
+    attempt   one attempt          spans, reward, end reason      the agent, at most the rollout's deadline
+    renew     the clock            lease renewals                 the store
+"""
+
+from __future__ import annotations
+
+import asyncio
+import logging
+from pathlib import Path
+from typing import Any
+
+from agl_ray.agents import LitAgent, Outcome, as_agent, run_agent
+from agl_ray.config.imports import load_object
+from agl_ray.spans import KIND_REWARD, span_batch
+from agl_ray.store import LightningStore
+from agl_ray.tracing import SpanRecorder
+from agl_ray.types import AttemptedRollout, EndReason, NamedResources
+from agl_ray.waits import wait
+
+LEASE_POLL = 5.0  # seconds of one blocking dequeue; a stop is noticed at latest after it
+CLOSE = 5.0  # seconds that cancelled attempts get to report their end
+
+log = logging.getLogger(__name__)
+
+
+class Runner:
+    """Runs attempts of one agent, up to `concurrency` at once.
+
+    agent: a LitAgent (pickled), or its import string, resolved against `base`. timeout_seconds: deadline of an attempt
+    whose rollout names none. lease_seconds: how long the store waits for a sign of life.
+    """
+
+    def __init__(
+        self,
+        worker_id: str,
+        store: LightningStore,
+        agent: LitAgent | str,
+        *,
+        base: str,
+        concurrency: int,
+        timeout_seconds: float,
+        lease_seconds: float,
+    ) -> None:
+        self.worker_id, self.store = worker_id, store
+        self.agent = as_agent(load_object(agent, Path(base)) if isinstance(agent, str) else agent)
+        self.concurrency = concurrency
+        self.timeout_seconds, self.lease_seconds = timeout_seconds, lease_seconds
+        self._open: dict[asyncio.Task[None], AttemptedRollout] = {}
+        self._stopping = asyncio.Event()
+        self._finished = 0
+
+    async def ping(self) -> str:
+        return self.worker_id
+
+    async def run(self) -> int:
+        """Work until `stop` is called; the number of attempts that were ended here."""
+        renewal = asyncio.create_task(self._renew())
+        try:
+            while not self._stopping.is_set():
+                await self._lease(renewal)
+        finally:
+            renewal.cancel()
+            await self._close()
+        return self._finished
+
+    async def stop(self) -> None:
+        """Lease nothing more; `run` returns after cancelling what is open."""
+        self._stopping.set()
+
+    async def _lease(self, renewal: asyncio.Task[None]) -> None:
+        """Fill the free places, or wait until one is free."""
+        if renewal.done():
+            renewal.result()  # its error is ours: without renewals every lease here is void
+        free = self.concurrency - len(self._open)
+        if free == 0:
+            await asyncio.wait(self._open, return_when=asyncio.FIRST_COMPLETED, timeout=LEASE_POLL)
+            return
+        leased = await self.store.dequeue_many_rollouts(
+            limit=free, worker_id=self.worker_id, wait_seconds=LEASE_POLL
+        )
+        resources = {i: await self._resources_of(i) for i in {a.rollout.resources_id for a in leased}}
+        for attempt in leased:
+            task = asyncio.create_task(
+                self._attempt(attempt, resources[attempt.rollout.resources_id])
+            )
+            self._open[task] = attempt
+            task.add_done_callback(self._forget)
+
+    def _forget(self, task: asyncio.Task[None]) -> None:
+        attempt = self._open.pop(task)
+        if not task.cancelled() and task.exception() is not None:
+            log.error("attempt %s could not be ended", attempt.attempt_id, exc_info=task.exception())
+
+    async def _resources_of(self, resources_id: str | None) -> NamedResources | None:
+        """The newest version of these resources; None when the store does not know them."""
+        if resources_id is None:
+            return {}
+        update = await self.store.get_resources_by_id(resources_id)
+        return None if update is None else dict(update.resources)
+
+    async def _attempt(self, attempt: AttemptedRollout, resources: NamedResources | None) -> None:
+        recorder = SpanRecorder(attempt.rollout_id, attempt.attempt_id)
+        limit = attempt.rollout.config.timeout_seconds or self.timeout_seconds
+        if resources is None:
+            missing = f"resources {attempt.rollout.resources_id!r} are not in the store"
+            outcome = Outcome(reason=EndReason.ENV_ERROR, error=missing)
+        else:
+            try:
+                outcome = await run_agent(self.agent, attempt, resources, recorder, limit)
+            except asyncio.CancelledError:
+                outcome = Outcome(reason=EndReason.CANCELLED, error="the runner was stopped")
+        await self._end(attempt, outcome, recorder)
+
+    async def _end(
+        self, attempt: AttemptedRollout, outcome: Outcome, recorder: SpanRecorder
+    ) -> None:
+        """Flush the spans, then end the attempt: the end is acknowledged only after its spans are."""
+        if outcome.reason is EndReason.OK and recorder.last_reward() != outcome.reward:
+            recorder.add(
+                name="agentlightning.annotation",
+                kind=KIND_REWARD,
+                reward=outcome.reward,
+                reward_dimension="primary",
+            )
+        rows = recorder.take()
+        if rows:
+            await self.store.add_spans(
+                attempt.rollout_id,
+                attempt.attempt_id,
+                span_batch(rows),
+                batch_id=f"{attempt.attempt_id}-end",
+            )
+        await self.store.end_attempt(
+            attempt.rollout_id,
+            attempt.attempt_id,
+            outcome.reason,
+            reward=outcome.reward,
+            error=outcome.error,
+        )
+        self._finished += 1
+
+    async def _renew(self) -> None:
+        """Renew the leases of what is open, three times per lease."""
+        while True:
+            attempts = [(a.rollout_id, a.attempt_id) for a in self._open.values()]
+            await self.store.update_worker(
+                self.worker_id,
+                heartbeat_stats={"open": len(attempts), "finished": self._finished},
+                attempts=attempts,
+            )
+            await asyncio.sleep(self.lease_seconds / 3)
+
+    async def _close(self) -> None:
+        """Cancel the open attempts and let each report its end."""
+        tasks = list(self._open)
+        for task in tasks:
+            task.cancel()
+        if tasks:
+            await wait(
+                asyncio.wait(tasks, timeout=CLOSE),
+                on=f"{len(tasks)} open attempts of {self.worker_id} to end",
+                seconds=CLOSE + 1,
+            )
+
+
+def runner_options(worker_id: str, num_cpus: float) -> dict[str, Any]:
+    """Ray options of a runner actor. It is not restarted by Ray: the pool replaces it under a new worker id, so that a
+    late word from the old one can never be taken for the new one's."""
+    return {
+        "name": worker_id,
+        "num_cpus": num_cpus,
+        "max_restarts": 0,
+        "max_concurrency": 16,
+        "scheduling_strategy": "SPREAD",
+        "runtime_env": {"env_vars": {"OMP_NUM_THREADS": "1"}},
+    }
