@@ -1,8 +1,9 @@
 """Rows into micro-batches of a token budget, and the log-probability of every token of one.
 
-Several rows stand one after the other in one sequence [1, T]; `position_ids` start again at 0 with each row, from
-which transformers builds the block-diagonal causal mask. That works only with `use_cache=False` (with the cache the
-rows see each other, silently; tests/unit/test_learner_packing.py holds both sides of it).
+Several rows stand one after the other in one sequence [1, T]; `position_ids` start again at 0 with each row. A model
+of `learner.model.load_model` keeps the rows apart by learner/attention.py (fast); any other `sdpa` model by the block-diagonal
+mask that transformers builds from position_ids (slow on long micro-batches). The second works only with
+`use_cache=False`: with the cache the rows see each other, silently (tests/unit/test_learner_packing.py shows both).
 
 Called by learner/step.py and learner/sft.py. Legend: R rows, T tokens of one micro-batch, S of them predicted, V vocabulary.
 """
@@ -97,16 +98,29 @@ def token_logprobs(model: Any, packed: Packed) -> torch.Tensor:
     targets = torch.from_numpy(packed.input_ids[0, where]).to(device)
     temperature = packed.columns.get("temperature")
     scale = None if temperature is None else torch.from_numpy(1.0 / temperature[where]).to(device)
-    with _head_gives_logprobs(model, targets, scale):
+    with _head_gives_logprobs(model, targets, scale), _rows_apart(model, packed) as apart:
         selected = model(
             input_ids=torch.tensor(packed.input_ids, device=device),
             position_ids=torch.tensor(packed.position_ids, device=device),
             use_cache=False,
             logits_to_keep=torch.from_numpy(where - 1).to(device),
+            **apart,
         ).logits
     index = torch.from_numpy(where).to(device)
     out = torch.zeros(packed.num_tokens, dtype=torch.float32, device=device)
     return out.index_put((index,), selected[0, :, 0])
+
+
+@contextmanager
+def _rows_apart(model: Any, packed: Packed) -> Iterator[dict[str, Any]]:
+    """Arguments for the model's forward that keep the rows apart; empty where transformers does it from position_ids."""
+    from agl_ray.learner import attention
+
+    if model.config._attn_implementation != attention.NAME:
+        yield {}
+        return
+    with attention.block_mask():
+        yield {"blocks": attention.blocks_of(packed.lengths, model.device)}
 
 
 @contextmanager

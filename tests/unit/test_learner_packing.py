@@ -10,6 +10,7 @@ import torch
 from transformers import Qwen3Config, Qwen3ForCausalLM
 
 from agl_ray.learner import packing
+from agl_ray.learner.attention import NAME, blocks_of
 from agl_ray.learner.packing import Packed, pack, token_logprobs
 from agl_ray.trajectory.ragged import Rows
 
@@ -71,9 +72,12 @@ def gradients(model: Qwen3ForCausalLM, loss: torch.Tensor) -> list[torch.Tensor]
 
 @pytest.mark.parametrize("tokens", [1, 8, 20, 1000])
 @pytest.mark.parametrize("chunk", [VOCABULARY, 3 * VOCABULARY, 1 << 24])
-def test_packed_equals_row_by_row(tokens: int, chunk: int, monkeypatch: pytest.MonkeyPatch) -> None:
+@pytest.mark.parametrize("attention", ["sdpa", NAME])
+def test_packed_equals_row_by_row(
+    tokens: int, chunk: int, attention: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
     monkeypatch.setattr(packing, "CHUNK_LOGITS", chunk)
-    model, rows = tiny_model(), ragged_rows()
+    model, rows = tiny_model(attn_implementation=attention), ragged_rows()
     weight = torch.from_numpy(np.random.default_rng(5).normal(size=len(rows.ids)))
     expected = row_by_row(model, rows)
     expected_gradients = gradients(model, (expected * weight).sum())
@@ -98,6 +102,23 @@ def test_the_cache_leaks_between_rows_and_is_not_used() -> None:
     last = micro.lengths[:-1].sum()  # the last row of the micro-batch, alone
     alone = model(input_ids=arguments["input_ids"][:, last:], use_cache=False).logits
     torch.testing.assert_close(isolated[:, last:], alone, atol=1e-5, rtol=0)
+
+
+def test_a_sliding_window_is_kept_inside_each_row() -> None:
+    window = {"use_sliding_window": True, "sliding_window": 4, "max_window_layers": 0}
+    model, rows = tiny_model(attn_implementation=NAME, **window), ragged_rows()
+    assert model.config.layer_types == ["sliding_attention"] * 2
+    packs = pack(rows, 1000)
+    got = unpacked(rows, packs, [token_logprobs(model, micro) for micro in packs])
+    torch.testing.assert_close(got.double(), row_by_row(model, rows), atol=5e-6, rtol=0)
+
+
+def test_blocks_cover_all_tokens_once_and_hold_rows_of_like_length() -> None:
+    lengths = np.array([40, 39, 21, 19, 8, 3, 1, 1])
+    blocks = blocks_of(lengths, torch.device("cpu"))
+    covered = torch.cat([block.tokens.flatten()[block.real] for block in blocks])
+    assert covered.tolist() == list(range(int(lengths.sum())))
+    assert [block.tokens.shape for block in blocks] == [(3, 40), (1, 19), (1, 8), (1, 3), (2, 1)]
 
 
 def test_temperature_divides_the_logits() -> None:
