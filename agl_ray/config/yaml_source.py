@@ -39,10 +39,14 @@ _Loader.yaml_implicit_resolvers.setdefault("", []).append(
     ("tag:yaml.org,2002:null", re.compile(r"^$"))
 )
 _resolve("merge", r"^<<$", "<")
-# PyYAML's own constructor reads 010 as octal; in YAML 1.2 it is ten.
-_Loader.add_constructor(
-    "tag:yaml.org,2002:int", lambda loader, node: int(loader.construct_scalar(node))
-)
+
+
+def _whole_number(loader: _Loader, node: yaml.ScalarNode) -> int:
+    # PyYAML's own constructor reads 010 as octal; in YAML 1.2 it is ten.
+    return int(loader.construct_scalar(node))
+
+
+_Loader.add_constructor("tag:yaml.org,2002:int", _whole_number)
 
 
 def read(text: str, name: str) -> tuple[Any, dict[KeyPath, int]]:
