@@ -1,0 +1,84 @@
+"""Joining a Ray cluster, or starting a local one, and leaving it so that nothing is left behind.
+
+Used by the driver's session. Addresses are checked by a plain TCP connection first: Ray itself would retry an unreachable
+one for a minute or more before it says so.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import logging
+import os
+import socket
+from collections.abc import Iterator
+
+import psutil
+import ray
+
+from agl_ray.config import RunConfig
+from agl_ray.types import InputError
+
+CONNECT = 5.0  # seconds for the TCP check of a given address
+LEAVE = 3.0  # seconds that local processes get to end after ray.shutdown before they are killed
+
+
+def cluster_address(config: RunConfig) -> str | None:
+    """The address to join: the configuration's, else RAY_ADDRESS (set under `ray job submit`), else None for a local Ray."""
+    return config.cluster.address or os.environ.get("RAY_ADDRESS") or None
+
+
+def check_reachable(address: str) -> None:
+    """InputError unless something listens at `address` (`host:port` or `ray://host:port`)."""
+    host, colon, port = address.removeprefix("ray://").rpartition(":")
+    if not colon or not port.isdigit():
+        raise InputError(
+            f"cluster.address: expected host:port or ray://host:port, got {address!r}; "
+            "leave it out to start a local Ray"
+        )
+    try:
+        socket.create_connection((host.strip("[]"), int(port)), timeout=CONNECT).close()
+    except OSError as error:
+        raise InputError(
+            f"cluster.address: no Ray answers at {address} ({error}). Is the cluster up, and the port reachable from here? "
+            "Leave cluster.address (and RAY_ADDRESS) out to start a local Ray"
+        ) from error
+
+
+@contextlib.contextmanager
+def joined(config: RunConfig, namespace: str, env: dict[str, str]) -> Iterator[None]:
+    """Ray, for as long as the block runs. `env` goes to every process of a local Ray.
+
+    A local Ray is ended with the block and none of its processes outlives it; a cluster is only left.
+    """
+    address = cluster_address(config)
+    os.environ.update(env)
+    if address is not None:
+        check_reachable(address)
+        ray.init(address=address, namespace=namespace, runtime_env={"env_vars": env}, log_to_driver=False)
+    else:
+        ray.init(
+            address="local",
+            namespace=namespace,
+            num_cpus=config.cluster.local_cpus or max(2, os.cpu_count() or 2),
+            object_store_memory=config.cluster.object_store_mib * 1024 * 1024,
+            include_dashboard=False,
+            log_to_driver=False,
+            logging_level=logging.ERROR,
+        )
+    before = [] if address is not None else psutil.Process().children(recursive=True)
+    try:
+        yield
+    finally:
+        if address is None:
+            before += psutil.Process().children(recursive=True)
+        ray.shutdown()
+        _end({process.pid: process for process in before})
+
+
+def _end(processes: dict[int, psutil.Process]) -> None:
+    """End what is left of our own local processes: they were ours before, by PID and start time."""
+    _, alive = psutil.wait_procs(list(processes.values()), timeout=LEAVE)
+    for process in alive:
+        with contextlib.suppress(psutil.NoSuchProcess):
+            process.kill()
+    psutil.wait_procs(alive, timeout=1.0)

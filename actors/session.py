@@ -1,0 +1,181 @@
+"""RunSession: everything that a driver holds open for one run, brought up step by step and taken down in reverse.
+
+Used by `agl_ray.trainer.Trainer`. Whatever ends the run (the end, an error, Ctrl-C, SIGTERM), leaving the session ends runners,
+learner, Serve and, when it is ours, the local Ray, within the ten seconds that a person is ready to wait.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import shutil
+import signal
+import threading
+import time
+from pathlib import Path
+from types import FrameType, TracebackType
+from typing import Any
+
+import ray
+from ray import serve
+from ray.actor import ActorHandle
+from ray.serve.schema import ApplicationStatus
+
+from actors.controller import Controller
+from actors.engine import engine_deployment
+from actors.gateway import gateway_deployment, serve_environment, start_serve
+from actors.model_maker import ModelMaker
+from actors.ray_cluster import joined
+from actors.store import create_store
+from actors.weight_sync import create_weight_sync
+from agl_ray.config import RunConfig
+from agl_ray.ops.display import Display
+from agl_ray.ops.events import Progress
+from agl_ray.ops.report import finish_run
+from agl_ray.store import LightningStore
+from agl_ray.types import RunError, WaitTimeout
+from agl_ray.waits import get
+
+APPLICATION = "agl_ray"
+STOP = 3.0  # seconds the controller gets to end runners and learner
+START = 120.0  # seconds for a plain actor to start
+
+
+class RunSession:
+    """Context manager of one run; see the module's text. `folder` is the run folder, its name the namespace of the actors."""
+
+    def __init__(self, config: RunConfig, folder: Path, display: Display) -> None:
+        self.config, self.folder, self.display = config, folder, display
+        self.namespace = folder.name
+        self._stack = contextlib.ExitStack()
+        self._store: LightningStore | None = None
+
+    def __enter__(self) -> RunSession:
+        if threading.current_thread() is threading.main_thread():
+            previous = signal.signal(signal.SIGTERM, _interrupt)
+            self._stack.callback(signal.signal, signal.SIGTERM, previous)
+        return self
+
+    def __exit__(
+        self,
+        kind: type[BaseException] | None,
+        error: BaseException | None,
+        traceback: TracebackType | None,
+    ) -> None:
+        self._stack.close()
+
+    @property
+    def store(self) -> LightningStore:
+        if self._store is None:
+            raise RunError("the session has no store yet: call start_services first")
+        return self._store
+
+    def start_services(self) -> None:
+        """Ray, the store, weight sync."""
+        self._stack.enter_context(joined(self.config, self.namespace, serve_environment(self.config)))
+        url = self.config.store.url or f"sqlite:///{self.folder / 'store.db'}"
+        self._store = create_store(
+            "store", self.namespace, url, cache_mib=self.config.store.cache_mib
+        )
+        create_weight_sync(self.config, self.namespace)
+
+    def make_model(self, recipe: str, base: Path, folder: Path) -> None:
+        """Make the base model in a process of its own; `folder` appears only when it is whole."""
+        folder.parent.mkdir(parents=True, exist_ok=True)
+        partial = folder.with_name(f".{folder.name}.partial")
+        shutil.rmtree(partial, ignore_errors=True)
+        maker = ray.remote(ModelMaker).options(num_cpus=0.5, max_concurrency=2).remote()
+        made = maker.make.remote(recipe, str(base), str(partial), self.config.seed)
+        while not ray.wait([made], timeout=0.5)[0]:
+            what, share, detail = get(
+                maker.progress.remote(), on=f"{recipe} to tell its progress", seconds=START
+            )
+            self.display.show(
+                Progress(name=what, done=round(100 * share), total=100, detail=detail)
+            )
+        get(made, on=f"{recipe} to make the base model", seconds=5)
+        ray.kill(maker)
+        partial.rename(folder)
+
+    def start_controller(
+        self, agent: Any, rows: list[Any], held_out: list[Any], base: Path, model_path: Path
+    ) -> ActorHandle:
+        """The controller; the learner comes up inside its `boot`, which `start_serving` begins."""
+        controller: ActorHandle = (
+            ray.remote(Controller)
+            .options(
+                name="controller",
+                namespace=self.namespace,
+                num_cpus=0,
+                max_restarts=3,
+                max_concurrency=64,
+            )
+            .remote(
+                self.config.model_dump(mode="json"),
+                namespace=self.namespace,
+                run_folder=str(self.folder),
+                base=str(base),
+                model_path=str(model_path),
+                agent=agent,
+                rows=rows,
+                held_out=held_out,
+            )
+        )
+        self._stack.callback(self._stop_controller, controller)
+        get(controller.ping.remote(), on="the controller to start", seconds=START)
+        return controller
+
+    def _stop_controller(self, controller: ActorHandle) -> None:
+        with contextlib.suppress(WaitTimeout, ray.exceptions.RayActorError):
+            get(controller.stop.remote(), on="the controller to stop", seconds=STOP)
+        ray.kill(controller)
+
+    def start_serving(self, controller: ActorHandle, model_path: Path) -> str:
+        """Gateway and engines on Serve, while the learner boots and stages the first weights; the gateway's root URL."""
+        boot = controller.boot.remote()
+        host, port = start_serve(self.config)
+        self._stack.callback(serve.shutdown)
+        engine = engine_deployment(self.config, str(model_path), self.namespace)
+        application = gateway_deployment(self.config, str(model_path), self.namespace, engine)
+        serve.run_many(
+            [serve.RunTarget(application, name=APPLICATION, route_prefix="/")],
+            wait_for_ingress_deployment_creation=False,
+            wait_for_applications_running=False,
+        )
+        self._wait_for_serving(boot)
+        return f"http://{host}:{port}"
+
+    def _wait_for_serving(self, boot: Any) -> None:
+        """Until the application runs and the first weights are in; the first error of either side ends the wait."""
+        limit = self.config.engine.start_seconds
+        deadline = time.monotonic() + limit
+        booted = running = False
+        while not (booted and running):
+            if not booted and ray.wait([boot], timeout=0.2)[0]:
+                get(boot, on="the controller to boot", seconds=5)
+                booted = True
+            status = serve.status().applications.get(APPLICATION)
+            running = status is not None and status.status == ApplicationStatus.RUNNING
+            if status is not None and status.status == ApplicationStatus.DEPLOY_FAILED:
+                raise RunError(f"the engine or the gateway did not start: {_reason(status)}")
+            if time.monotonic() > deadline:
+                raise WaitTimeout("engine and gateway to start", limit, _reason(status))
+            if booted:
+                time.sleep(0.2)
+
+    def finish(
+        self, facts: dict[str, Any], seconds: dict[str, float], total: float
+    ) -> dict[str, Any]:
+        """Write summary and curves, show the end; the summary."""
+        return finish_run(self.config, self.folder, self.store, self.display, facts, seconds, total)
+
+
+def _reason(status: Any) -> str:
+    """What Serve says about an application that is not up: its own message, then each deployment's."""
+    if status is None:
+        return "Serve knows nothing of it yet"
+    parts = [status.message, *(f"{name}: {d.message}" for name, d in status.deployments.items())]
+    return " ".join(part.strip() for part in parts if part.strip())[:2000]
+
+
+def _interrupt(number: int, frame: FrameType | None) -> None:
+    raise KeyboardInterrupt

@@ -1,0 +1,177 @@
+"""Trainer: brings a run up, follows it, and takes it down again. The one place in the library that starts actors.
+
+    agl.Trainer(config).fit(agent, train_rows, val_rows)
+
+What `fit` does, in order: checks everything that can be checked without a cluster; joins or starts Ray; starts the store and
+weight sync; makes the base model where the configuration asks for it; starts the controller, which brings up the learner,
+while Ray Serve brings up gateway and engines (they wait for the first weights); then follows the controller's events until the run
+is done. Whatever happens, also Ctrl-C and SIGTERM, it ends what it started.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import time
+from collections.abc import Iterator
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+from agl_ray.config import RunConfig
+from agl_ray.config.imports import load_object
+from agl_ray.config.load import resolved_json
+from agl_ray.config.model_folder import cached_model, check_model_folder
+from agl_ray.config.rows import load_rows
+from agl_ray.ops.display import Display, make_display
+from agl_ray.ops.events import Notice, Phase, Progress
+from agl_ray.ops.run_folder import make_run_folder
+from agl_ray.types import InputError, RunError
+from agl_ray.waits import get
+
+if TYPE_CHECKING:
+    from ray.actor import ActorHandle
+
+    from agl_ray.agents import LitAgent
+
+EVENT_POLL = 1.0  # seconds of one long poll for the controller's events
+CONTROLLER_RESTARTS = 3
+APPLICATION = "agl_ray"
+
+
+class Trainer:
+    """Trains one agent as `config` says.
+
+    config_folder: where the configuration file lies; its relative paths are looked up there too. display: what the person
+    sees; None chooses by whether there is a terminal.
+    """
+
+    def __init__(
+        self,
+        config: RunConfig,
+        *,
+        config_folder: Path | None = None,
+        display: Display | None = None,
+    ) -> None:
+        self.config = config
+        self.base = (config_folder or Path.cwd()).resolve()
+        self.display = display or make_display()
+        self._started = time.monotonic()
+        self._seconds: dict[str, float] = {}
+
+    def fit(
+        self,
+        agent: LitAgent | Any = None,
+        train: list[Any] | None = None,
+        val: list[Any] | None = None,
+        resume: str | Path | None = None,
+    ) -> dict[str, Any]:
+        """Train and return the summary (also written to the run folder).
+
+        agent: an `@agl.rollout` function or LitAgent; None takes `config.agent`. train, val: rows; None takes
+        `config.data`. resume: a run folder whose run goes on. InputError (exit code 2) when something given is wrong,
+        RunError when the run failed.
+        """
+        self._started = time.monotonic()
+        agent = self._agent(agent)
+        rows = self._rows("data.train", self.config.data.train) if train is None else train
+        held_out = self._rows("data.val", self.config.data.val) if val is None else val
+        if self.config.model.path is not None:
+            check_model_folder(Path(self.config.model.path))
+        folder = Path(resume).resolve() if resume else make_run_folder(self.config)
+        (folder / "config.json").write_text(resolved_json(self.config))
+        from actors.session import RunSession
+
+        with self.display, RunSession(self.config, folder, self.display) as session:
+            return self._run(session, agent, rows, held_out)
+
+    # Checking what was given ----------------------------------------------------------------------
+
+    def _agent(self, agent: Any) -> Any:
+        """The agent, or its import string once it is known to import (the runners import it again)."""
+        from agl_ray.agents import as_agent
+
+        if agent is not None:
+            return as_agent(agent)
+        if self.config.agent is None:
+            raise InputError(
+                "no agent: give `agent: path/file.py:function` in the configuration, or Trainer.fit(agent)"
+            )
+        as_agent(load_object(self.config.agent, self.base), what=f"agent {self.config.agent!r}")
+        return self.config.agent
+
+    def _rows(self, key: str, source: str) -> list[Any]:
+        return load_rows(source, self.config.seed, self.config.data.fields, self.base)
+
+    # Running --------------------------------------------------------------------------------------
+
+    def _run(self, session: Any, agent: Any, rows: list[Any], held_out: list[Any]) -> dict[str, Any]:
+        with self._phase("setup"):
+            session.start_services()
+        model_path = self._model(session)
+        with self._phase("setup"):
+            controller = session.start_controller(agent, rows, held_out, self.base, model_path)
+            endpoint = session.start_serving(controller, model_path)
+        facts = self._follow(session, controller, endpoint)
+        return session.finish(facts, self._seconds, time.monotonic() - self._started)
+
+    def _model(self, session: Any) -> Path:
+        """The base model's folder, made now when the configuration says how and the cache has it not."""
+        if self.config.model.path is not None:
+            return Path(self.config.model.path).resolve()
+        recipe = str(self.config.model.make)
+        folder = cached_model(recipe, self.base, self.config.seed, self.config.cache_dir).resolve()
+        if not folder.is_dir():
+            with self._phase("sft"):
+                session.make_model(recipe, self.base, folder)
+        check_model_folder(folder)
+        return folder
+
+    def _follow(self, session: Any, controller: ActorHandle, endpoint: str) -> dict[str, Any]:
+        """Show the controller's events until its run is done; when it dies, Ray restarts it and the run goes on."""
+        import ray
+
+        for _ in range(CONTROLLER_RESTARTS + 1):
+            run = controller.run.remote(endpoint)
+            try:
+                return self._events(controller, run)
+            except ray.exceptions.RayActorError:
+                self.display.show(
+                    Notice(text="the controller died; it restarts from the position in the store")
+                )
+                get(controller.ping.remote(), on="the controller to restart", seconds=120)
+                get(
+                    controller.boot.remote(),
+                    on="the restarted controller to boot",
+                    seconds=self.config.engine.start_seconds,
+                )
+        raise RunError(f"the controller died {CONTROLLER_RESTARTS + 1} times")
+
+    def _events(self, controller: ActorHandle, run: Any) -> dict[str, Any]:
+        import ray
+
+        cursor = 0
+        while True:
+            events = get(
+                controller.events.remote(cursor, EVENT_POLL),
+                on="the controller's events",
+                seconds=60,
+            )
+            for event in events:
+                self.display.show(event)
+            cursor += len(events)
+            if not events and ray.wait([run], timeout=0)[0]:
+                return dict(get(run, on="the controller's result", seconds=30))
+
+    @contextlib.contextmanager
+    def _phase(self, name: str) -> Iterator[None]:
+        self.display.show(Phase(name=name, state="start"))
+        started = time.monotonic()
+        yield
+        seconds = time.monotonic() - started
+        self._seconds[name] = self._seconds.get(name, 0.0) + seconds
+        self.display.show(Phase(name=name, state="end", seconds=seconds))
+
+
+def model_progress(step: tuple[str, float, str]) -> Progress:
+    """A recipe's progress as an event."""
+    what, share, detail = step
+    return Progress(name=what, done=round(100 * share), total=100, detail=detail)
