@@ -1,0 +1,111 @@
+"""metrics.jsonl: one flat JSON object per training step, appended as it happens.
+
+Written by the controller, read by the curves, the summary and anybody's notebook. A dictionary among the values becomes
+`name.key` columns, so that every value is a number, a text or null. Test alone: tests/unit/test_ops_metrics.py.
+"""
+
+from __future__ import annotations
+
+import os
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Any
+
+import msgspec
+
+FILE_NAME = "metrics.jsonl"
+
+# Names that the screen and the curves know, with their meaning; rooms may add others.
+STEP_METRICS = {
+    "step": "training step, from 1; its update makes weight version `step`",
+    "reward": "mean reward of the batch's rollouts",
+    "validation": "mean reward on the held-out rows after this step, where there was a validation",
+    "groups": "groups in the batch",
+    "zero_signal_groups": "groups whose rewards are all equal: no gradient from them",
+    "dropped_groups": "groups dropped for too few ok attempts, since the start of the run",
+    "rollouts": "rollouts in the batch",
+    "tokens_of_batch": "tokens that the model produced in the batch's rollouts",
+    "max_token_age": "largest age of a trained token, in weight versions (staleness)",
+    "sync_ms": "milliseconds from the order to the last engine's checksum",
+    "pause_ms": "milliseconds during which calls were held",
+    "max_logprob_diff": "largest |learner - engine| log-probability of a token of the batch, same weights",
+    "failures": "attempts that did not end ok, by end reason (`failures.timeout`, ...)",
+    "seconds_rollout": "seconds spent waiting for the batch",
+    "seconds_update": "seconds of the learner's update",
+    "seconds_sync": "seconds of the weight update",
+}
+
+
+class MetricsWriter:
+    """Appends rows to `folder/metrics.jsonl`; each is on disk when `write` returns."""
+
+    def __init__(self, folder: Path) -> None:
+        self.path = Path(folder) / FILE_NAME
+
+    def write(self, row: Mapping[str, Any]) -> None:
+        """Append one row. It must have `step`; ValueError for a value that is neither number, text, null nor dictionary."""
+        if "step" not in row:
+            raise ValueError(f"a metrics row needs 'step', got {sorted(row)}")
+        with self.path.open("ab") as file:
+            file.write(msgspec.json.encode(flatten(row)) + b"\n")
+
+    def cut(self, step: int) -> None:
+        """Drop the rows after `step`: a resumed run writes them again."""
+        rows = read_metrics(self.path.parent)
+        kept = [row for row in rows if row["step"] <= step]
+        if len(kept) < len(rows):
+            fresh = self.path.with_suffix(".new")
+            fresh.write_bytes(b"".join(msgspec.json.encode(row) + b"\n" for row in kept))
+            os.replace(fresh, self.path)
+
+
+def flatten(row: Mapping[str, Any], prefix: str = "") -> dict[str, Any]:
+    """Dictionaries inside become `name.key`; numpy numbers become Python's."""
+    flat: dict[str, Any] = {}
+    for name, value in row.items():
+        if isinstance(value, Mapping):
+            flat.update(flatten(value, f"{prefix}{name}."))
+            continue
+        if hasattr(value, "item") and not isinstance(value, str):
+            value = value.item()
+        if not (value is None or isinstance(value, int | float | str)):
+            raise ValueError(
+                f"metric {prefix}{name}: expected a number, a text or null, got a {type(value).__name__}"
+            )
+        flat[prefix + name] = value
+    return flat
+
+
+def read_metrics(folder: Path) -> list[dict[str, Any]]:
+    """The rows of `folder/metrics.jsonl`, oldest first; none where there is no file. A torn last line is left out."""
+    path = Path(folder) / FILE_NAME
+    if not path.exists():
+        return []
+    rows = []
+    for line in path.read_bytes().splitlines(keepends=True):
+        if line.endswith(b"\n"):
+            rows.append(msgspec.json.decode(line))
+    return rows
+
+
+def tokens_per_second(row: Mapping[str, Any]) -> float | None:
+    """Produced tokens per second of the step (rollout, update and sync together); None where the row does not say."""
+    tokens = row.get("tokens_of_batch")
+    seconds = sum(
+        float(row.get(f"seconds_{name}") or 0.0) for name in ("rollout", "update", "sync")
+    )
+    return float(tokens) / seconds if tokens is not None and seconds > 0 else None
+
+
+def valid_groups(row: Mapping[str, Any]) -> int | None:
+    """Groups of the batch whose rewards differ."""
+    groups = row.get("groups")
+    return None if groups is None else int(groups) - int(row.get("zero_signal_groups") or 0)
+
+
+def failures_of(row: Mapping[str, Any]) -> dict[str, int]:
+    """Failures by reason, from a row with a dictionary or with flat `failures.reason` columns."""
+    inner = row.get("failures")
+    found = dict(inner) if isinstance(inner, Mapping) else {}
+    found.update({k.split(".", 1)[1]: v for k, v in row.items() if k.startswith("failures.")})
+    return {reason: int(count) for reason, count in found.items() if count}

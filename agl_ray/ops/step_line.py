@@ -1,0 +1,87 @@
+"""The line of a step: the same columns on a terminal (aligned under a header) and in a log (with names).
+
+Called by both displays. Test alone: tests/unit/test_ops_display.py.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Mapping
+from typing import Any
+
+from agl_ray.ops.events import StepDone
+from agl_ray.ops.metrics import failures_of, tokens_per_second, valid_groups
+from agl_ray.ops.numbers import short
+
+Row = Mapping[str, Any]
+
+
+def _number(name: str, form: Callable[[float], str]) -> Callable[[Row], str]:
+    def column(row: Row) -> str:
+        value = row.get(name)
+        return "-" if value is None else form(float(value))
+
+    return column
+
+
+def _groups(row: Row) -> str:
+    """Groups with a gradient / groups in the batch."""
+    valid = valid_groups(row)
+    return "-" if valid is None else f"{valid}/{int(row['groups'])}"
+
+
+def _speed(row: Row) -> str:
+    speed = tokens_per_second(row)
+    return "-" if speed is None else short(speed)
+
+
+def _failures(row: Row) -> str:
+    """`none`, or counts by end reason."""
+    counts = failures_of(row)
+    words = [f"{reason} {count}" for reason, count in sorted(counts.items())]
+    return ", ".join(words) or "none"
+
+
+# title, width, what it shows
+COLUMNS: list[tuple[str, int, Callable[[Row], str]]] = [
+    ("reward", 6, _number("reward", lambda x: f"{x:.3f}")),
+    ("val", 6, _number("validation", lambda x: f"{x:.3f}")),
+    ("groups", 7, _groups),
+    ("tok/s", 6, _speed),
+    ("stale", 5, _number("max_token_age", lambda x: f"{x:g}")),
+    ("sync ms", 7, _number("sync_ms", lambda x: f"{x:.0f}")),
+    ("dlogp", 7, _number("max_logprob_diff", lambda x: f"{x:.0e}")),
+    ("rollout s", 9, _number("seconds_rollout", lambda x: f"{x:.1f}")),
+    ("update s", 8, _number("seconds_update", lambda x: f"{x:.1f}")),
+    ("failures", 0, _failures),
+]
+STEP_WIDTH = 9
+
+
+def header() -> str:
+    """The titles over `aligned` lines."""
+    titles = [f"{title:>{width}}" if width else title for title, width, _ in COLUMNS]
+    return f"{'step':>{STEP_WIDTH}}  " + "  ".join(titles)
+
+
+def aligned(event: StepDone) -> str:
+    """One step under the header."""
+    cells = []
+    for _, width, column in COLUMNS:
+        text = column(event.metrics)
+        cells.append(f"{text:>{width}}" if width else text)
+    return f"{f'{event.step}/{event.steps}':>{STEP_WIDTH}}  " + "  ".join(cells)
+
+
+def named(event: StepDone) -> str:
+    """One step for a log: `step 3/40: reward 0.512, groups 16/16, ...`; columns without a value are left out."""
+    cells = [(title, column(event.metrics)) for title, _, column in COLUMNS]
+    return f"step {event.step}/{event.steps}: " + ", ".join(
+        f"{title} {text}" for title, text in cells if text != "-"
+    )
+
+
+def validation_line(step: int, accuracy: float, ci95: tuple[float, float], n: int) -> str:
+    """`validation before training: 0.215 (95 % CI 0.169 to 0.269, n = 256)`."""
+    when = "before training" if step == 0 else f"after step {step}"
+    low, high = ci95
+    return f"validation {when}: {accuracy:.3f} (95 % CI {low:.3f} to {high:.3f}, n = {n})"
