@@ -23,6 +23,7 @@ from transformers.integrations.sdpa_attention import sdpa_attention_forward
 from transformers.masking_utils import sdpa_mask
 
 from agl_ray.trajectory.ragged import Array, ragged_arange
+from agl_ray.types.errors import InputError
 
 NAME = "agl_blocks"
 
@@ -98,6 +99,11 @@ def _attention(
     **kwargs: Any,
 ) -> tuple[torch.Tensor, None]:
     """query [1, H, T, D], key and value [1, K, T, D] -> [1, T, H, D]."""
+    if blocks is None and _without_mask.get():
+        raise InputError(
+            f"model {type(module).__name__}: expected its layers to pass `blocks` on to the attention, got none, and rows of a "
+            "micro-batch would see each other; this architecture cannot be trained here"
+        )
     if blocks is None:
         return sdpa_attention_forward(module, query, key, value, attention_mask, **kwargs)
     outputs = []

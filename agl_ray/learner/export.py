@@ -1,0 +1,68 @@
+"""A trained model as a Hugging Face folder: safetensors, configuration, and the tokenizer it was trained with.
+
+Called by learner/step.py. Test it alone with tests/unit/test_learner_export.py.
+"""
+
+from __future__ import annotations
+
+import shutil
+from pathlib import Path
+from typing import Any
+
+from agl_ray.learner.weights import full_state
+
+TOKENIZER_PATTERNS = (
+    "tokenizer*",
+    "vocab*",
+    "merges.txt",
+    "added_tokens.json",
+    "special_tokens_map.json",
+    "chat_template*",
+    "generation_config.json",
+)
+
+
+def export(model: Any, source: Path, path: str | Path, *, write: bool = True) -> None:
+    """Write the model to the folder `path`, with the tokenizer files of the folder `source` byte for byte.
+
+    A collective: all ranks call it, only the one with `write` writes. The folder appears whole or not at all; one that is there is replaced.
+    """
+    state = dict(full_state(model, keep=write))
+    if not write:
+        return
+    target = Path(path)
+    partial = new_partial(target)
+    for pattern in TOKENIZER_PATTERNS:
+        for file in sorted(source.glob(pattern)):
+            if file.is_file():
+                shutil.copyfile(file, partial / file.name)
+    model.config.save_pretrained(partial)
+    _save_tensors(state, partial)
+    put_in_place(partial, target)
+
+
+def _save_tensors(state: dict[str, Any], folder: Path) -> None:
+    from huggingface_hub import save_torch_state_dict
+
+    save_torch_state_dict(state, folder, max_shard_size="5GB")
+
+
+def new_partial(target: Path) -> Path:
+    """An empty folder beside `target`, whose name no reader takes for a complete one."""
+    partial = target.with_name(f".{target.name}.partial")
+    if partial.exists():
+        shutil.rmtree(partial)
+    partial.mkdir(parents=True)
+    return partial
+
+
+def put_in_place(partial: Path, target: Path) -> None:
+    """Rename `partial` to `target`; one that is there is moved aside first and then removed."""
+    old = target.with_name(f".{target.name}.old")
+    if old.exists():
+        shutil.rmtree(old)
+    if target.exists():
+        target.rename(old)
+    partial.rename(target)
+    if old.exists():
+        shutil.rmtree(old)

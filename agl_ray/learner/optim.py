@@ -1,0 +1,38 @@
+"""AdamW (arXiv 1711.05101), linear warm-up to a constant rate, clipping by the global norm.
+
+Called by learner/step.py. Test it alone with tests/unit/test_learner_step.py.
+"""
+
+from __future__ import annotations
+
+from typing import TYPE_CHECKING, Any
+
+import torch
+
+from agl_ray.learner import fsdp
+
+if TYPE_CHECKING:
+    from agl_ray.config.models import LearnerConfig
+
+
+def make_optimizer(model: Any, config: LearnerConfig) -> torch.optim.AdamW:
+    return torch.optim.AdamW(
+        model.parameters(), lr=config.lr, betas=config.betas, weight_decay=config.weight_decay
+    )
+
+
+def learning_rate(config: LearnerConfig, update: int) -> float:
+    """Of optimiser update `update`, counted from 0 over the whole run."""
+    return config.lr * min(1.0, (update + 1) / max(1, config.warmup_steps))
+
+
+def apply_gradients(
+    model: Any, optimizer: torch.optim.Optimizer, lr: float, max_norm: float
+) -> torch.Tensor:
+    """One update at `lr`; gradients are cleared. Returns the norm of the gradient before clipping, a scalar, equal on all ranks."""
+    norm = fsdp.whole(torch.nn.utils.clip_grad_norm_(model.parameters(), max_norm))
+    for group in optimizer.param_groups:
+        group["lr"] = lr
+    optimizer.step()
+    optimizer.zero_grad(set_to_none=True)
+    return norm.detach()

@@ -1,0 +1,159 @@
+"""One training step laid out on rank 0: spans and rewards in, one payload of packed micro-batches per rank out.
+
+Order matters (contracts 1 and 6): advantages from all members, then rows, then rows are dropped. Called by
+actors/learner.py and by tests without Ray. Pure numpy; test it alone with tests/unit/test_learner_prepare.py.
+Legend: M rollouts, R rows, N tokens of all rows.
+"""
+
+from __future__ import annotations
+
+import time
+from collections.abc import Mapping
+from dataclasses import dataclass, replace
+from typing import TYPE_CHECKING
+
+import numpy as np
+import pyarrow as pa
+
+from agl_ray.learner.packing import Packed, pack
+from agl_ray.trajectory.batch import TrainBatch
+from agl_ray.trajectory.ragged import Array, Rows
+from agl_ray.trajectory.rows import AttemptRows, build_rows
+
+if TYPE_CHECKING:
+    from agl_ray.algorithms.base import Algorithm
+    from agl_ray.config.models import LearnerConfig
+
+
+@dataclass(frozen=True, slots=True)
+class Update:
+    """One optimiser update on one rank: its micro-batches (as many on every rank), and the loss denominator of all ranks together."""
+
+    micros: list[Packed]
+    denominator: float
+
+
+@dataclass(frozen=True, slots=True)
+class Payload:
+    """One rank's work for step `step`. `stats` are counts over the whole batch, the same on every rank."""
+
+    step: int
+    updates: list[Update]
+    stats: Mapping[str, float]
+
+
+def lay_out(
+    spans: pa.Table,
+    batch: TrainBatch,
+    algorithm: Algorithm,
+    config: LearnerConfig,
+    *,
+    world_size: int,
+    seed: int,
+) -> list[Payload]:
+    """The payload of each rank.
+
+    spans: of the attempts of `batch.attempts`, as `store.read_spans` gives them. The loss denominator of an update is the number of
+    trained tokens of the whole batch, rows of advantage 0 included, divided by the number of updates. `seed` and the step choose which rows
+    go into which update where there are several.
+    """
+    started = time.perf_counter()
+    group_index = np.repeat(
+        np.arange(len(batch.groups)), [len(group.members) for group in batch.groups]
+    )
+    rewards = np.array([member.reward for member in batch.members], np.float64)
+    advantages_M = algorithm.advantages(rewards, group_index)
+    built = build_rows(spans, batch.attempts)
+    kept, stats = _drop(built, config.max_row_tokens)
+    advantages_R = advantages_M[built.attempt[kept]]
+    rows = built.rows.take(kept)
+    signal = np.bincount(group_index, weights=advantages_M != 0) > 0
+    stats |= {
+        "groups": float(len(batch.groups)),
+        "zero_signal_groups": float((~signal).sum()),
+        "rollouts": float(len(rewards)),
+        "calls": float(built.num_calls),
+        "branches": float(built.num_branches),
+        "calls_failed": float(built.num_failed_calls),
+        "calls_greedy": float(built.num_greedy_calls),
+        "rollouts_without_calls": float(built.num_without_calls),
+        "tokens_of_batch": float(rows.weights.sum()),
+    }
+    if algorithm.skip_zero_advantage:
+        chosen = np.flatnonzero(advantages_R != 0)
+        rows, advantages_R = rows.take(chosen), advantages_R[chosen]
+    stats |= {"rows": float(len(rows)), "tokens_forward": float(len(rows.ids))}
+    rows = _with_streams(rows, advantages_R)
+    parts = _split(rows, config.minibatches, world_size, np.random.default_rng([seed, batch.step]))
+    updates = _pack_alike(rows, parts, config.tokens_per_microbatch, stats["tokens_of_batch"])
+    stats["seconds_layout"] = time.perf_counter() - started
+    return [
+        Payload(batch.step, [update[rank] for update in updates], stats)
+        for rank in range(world_size)
+    ]
+
+
+def _drop(built: AttemptRows, max_row_tokens: int) -> tuple[Array, dict[str, float]]:
+    """Indices of the rows that stay, and the counts of those that do not, by reason."""
+    rows = built.rows
+    trained = np.bincount(rows.row_of_token, weights=rows.weights, minlength=len(rows))
+    empty = trained == 0
+    overlong = ~empty & (rows.lengths > max_row_tokens)
+    return np.flatnonzero(~(empty | overlong)), {
+        "rows_dropped_empty": float(empty.sum()),
+        "rows_dropped_overlong": float(overlong.sum()),
+        "tokens_dropped_overlong": float(trained[overlong].sum()),
+    }
+
+
+def _with_streams(rows: Rows, advantages_R: Array) -> Rows:
+    """The rows with a column `advantages`, and engine log-probabilities only where a token is trained here."""
+    streams = {
+        **rows.columns,
+        "advantages": np.repeat(advantages_R, rows.lengths).astype(np.float32),
+        "engine_logprobs": np.where(rows.weights > 0, rows.columns["engine_logprobs"], 0.0),
+    }
+    return replace(rows, columns=streams)
+
+
+def _split(
+    rows: Rows, minibatches: int, world_size: int, rng: np.random.Generator
+) -> list[list[Array]]:
+    """Row indices by update and rank. Updates take rows at random, ranks so that they have about as many tokens each."""
+    order = rng.permutation(len(rows)) if minibatches > 1 else np.arange(len(rows))
+    updates = [part for part in np.array_split(order, minibatches) if len(part)]
+    return [_share(rows.lengths, part, world_size) for part in updates]
+
+
+def _share(lengths: Array, part: Array, world_size: int) -> list[Array]:
+    """Longest row first, each to the rank that has the fewest tokens."""
+    shares: list[list[int]] = [[] for _ in range(world_size)]
+    loads = [0] * world_size
+    for row in part[np.argsort(-lengths[part], kind="stable")].tolist():
+        rank = loads.index(min(loads))
+        shares[rank].append(row)
+        loads[rank] += int(lengths[row])
+    return [np.array(share, np.int64) for share in shares]
+
+
+def _pack_alike(
+    rows: Rows, parts: list[list[Array]], tokens: int, tokens_of_batch: float
+) -> list[list[Update]]:
+    """Updates by [update][rank]. FSDP's collectives need as many micro-batches on every rank: the missing ones count nothing."""
+    updates = []
+    for shares in parts:
+        packed = [pack(rows.take(share), tokens) if len(share) else [] for share in shares]
+        most = max(len(micros) for micros in packed)
+        idle = _idle(rows.take(shares[0][:1]))
+        filler = pack(idle, tokens)[0]
+        denominator = tokens_of_batch / len(parts)
+        updates.append(
+            [Update(micros + [filler] * (most - len(micros)), denominator) for micros in packed]
+        )
+    return updates
+
+
+def _idle(row: Rows) -> Rows:
+    """A row of two tokens that count nothing."""
+    two = {name: column[:2] for name, column in row.columns.items()}
+    return Rows(row.ids[:2], np.array([2]), np.zeros(2, np.float32), two)

@@ -1,0 +1,235 @@
+"""The learner of one rank: model, optimiser, and one training step. Plain torch; one process is enough.
+
+Called by actors/learner.py; blind to algorithms (algorithms/base.py) and to where rows come from (learner/prepare.py). Test it alone with
+tests/unit/test_learner_step.py. Legend: T tokens of one micro-batch.
+"""
+
+from __future__ import annotations
+
+import time
+from collections import defaultdict
+from collections.abc import Iterator
+from contextlib import contextmanager
+from pathlib import Path
+from typing import TYPE_CHECKING
+
+import torch
+
+from agl_ray.algorithms.base import LossInputs, make_algorithm
+from agl_ray.learner import checkpoint, fsdp, optim
+from agl_ray.learner.export import export
+from agl_ray.learner.model import load_model
+from agl_ray.learner.packing import Packed, token_logprobs
+from agl_ray.learner.prepare import Payload, Update
+from agl_ray.learner.weights import full_state
+from agl_ray.types.errors import RunError
+
+if TYPE_CHECKING:
+    from agl_ray.config.models import AlgorithmConfig, LearnerConfig
+
+DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16}
+
+
+class Learner:
+    """One rank's model and optimiser. With `world_size` above 1 the ranks' group (fsdp.join_group) must be joined before.
+
+    version: the weight version that it holds; 0 is the base model. updates: optimiser updates so far.
+    """
+
+    def __init__(
+        self,
+        algorithm: AlgorithmConfig,
+        config: LearnerConfig,
+        model_path: str | Path,
+        *,
+        seed: int = 0,
+        rank: int = 0,
+        world_size: int = 1,
+        device: str = "cpu",
+    ) -> None:
+        self.config, self.rank, self.world_size = config, rank, world_size
+        self.algorithm = make_algorithm(algorithm)
+        self.model_path = Path(model_path)
+        self.dtype = DTYPES[config.dtype]
+        torch.manual_seed(seed + rank)
+        self.model = load_model(model_path, device)
+        if world_size > 1:
+            fsdp.shard(self.model, self.dtype)
+        self.optimizer = optim.make_optimizer(self.model, config)
+        self.version = 0
+        self.updates = 0
+
+    # --- one step ------------------------------------------------------------------------------
+
+    def train(self, payload: Payload) -> dict[str, float]:
+        """Version k to version k + 1. Returns the step's metrics (README of `metrics.jsonl`), equal on all ranks but for `seconds_*`.
+
+        RunError where the payload is not for the next version. A batch without any signal changes no parameter and makes a version all the same.
+        """
+        if payload.step != self.version + 1:
+            raise RunError(
+                f"training step {payload.step}: expected step {self.version + 1}, since the learner holds weight version "
+                f"{self.version}; load the checkpoint that belongs to the run's position"
+            )
+        totals = _Totals(self.model.device)
+        olds = self._old_logprobs(payload, totals)
+        for update, old in zip(payload.updates, olds, strict=True):
+            self._update(update, old, totals)
+        self.version += 1
+        return {**payload.stats, **totals.metrics(len(payload.updates)), "lr": self.lr}
+
+    @property
+    def lr(self) -> float:
+        """The rate of the last update made (of the first one before any)."""
+        return optim.learning_rate(self.config, max(0, self.updates - 1))
+
+    def _old_logprobs(self, payload: Payload, totals: _Totals) -> list[list[torch.Tensor | None]]:
+        """log pi_old of every micro-batch. With a single update it is the forward pass of that update: None."""
+        if len(payload.updates) < 2:
+            return [[None] * len(update.micros) for update in payload.updates]
+        with totals.timed("old_logprobs"), torch.no_grad():
+            return [
+                [self._logprobs(micro) for micro in update.micros] for update in payload.updates
+            ]
+
+    def _logprobs(self, micro: Packed) -> torch.Tensor:
+        with fsdp.compute_in(self.model, self.dtype):
+            return token_logprobs(self.model, micro)
+
+    def _update(self, update: Update, olds: list[torch.Tensor | None], totals: _Totals) -> None:
+        with totals.timed("forward_backward"):
+            for micro, old in zip(update.micros, olds, strict=True):
+                logprobs = self._logprobs(micro)
+                inputs = self._inputs(micro, logprobs, old, update.denominator)
+                outputs = self.algorithm.loss(inputs)
+                # FSDP averages gradients over the ranks; the loss is a sum over them.
+                (outputs.loss * self.world_size).backward()
+                totals.add({"loss": outputs.loss.detach()}, outputs.sums)
+                self._compare(micro, inputs, totals)
+        with totals.timed("optimizer"):
+            lr = optim.learning_rate(self.config, self.updates)
+            norm = optim.apply_gradients(self.model, self.optimizer, lr, self.config.max_grad_norm)
+            totals.add_norm(norm)
+            self.updates += 1
+
+    def _inputs(
+        self, micro: Packed, logprobs: torch.Tensor, old: torch.Tensor | None, denominator: float
+    ) -> LossInputs:
+        device = logprobs.device
+        return LossInputs(
+            logprobs=logprobs,
+            old_logprobs=logprobs.detach() if old is None else old,
+            engine_logprobs=torch.tensor(micro.columns["engine_logprobs"], device=device),
+            advantages=torch.tensor(micro.columns["advantages"], device=device),
+            weights=torch.tensor(micro.weights, device=device),
+            denominator=denominator,
+        )
+
+    @torch.no_grad()
+    def _compare(self, micro: Packed, inputs: LossInputs, totals: _Totals) -> None:
+        """Learner and engine on the same tokens under the same weights: the health of the whole chain."""
+        counted = inputs.weights
+        versions = torch.tensor(micro.columns["versions"], device=counted.device)
+        current = counted * (versions == self.version)
+        difference = inputs.old_logprobs - inputs.engine_logprobs  # log pi_old - log mu
+        k3 = torch.expm1(difference) - difference
+        totals.add(
+            {
+                "tokens_trained": counted.sum(),
+                "tokens_current": current.sum(),
+                "entropy": -(counted * inputs.old_logprobs).sum(),
+                "engine_kl": torch.where(current > 0, k3, 0.0).sum(),
+            }
+        )
+        totals.keep_largest(
+            {
+                "max_logprob_diff": torch.where(current > 0, difference.abs(), 0.0).max(),
+                "max_token_age": torch.where(counted > 0, self.version - versions, 0).max(),
+            }
+        )
+
+    # --- state ---------------------------------------------------------------------------------
+
+    def save(self, path: str | Path) -> None:
+        """Write a checkpoint (all ranks)."""
+        position = {"version": self.version, "updates": self.updates}
+        checkpoint.save(path, self.model, self.optimizer, position)
+
+    def load(self, path: str | Path) -> None:
+        """Go to the state of a checkpoint (all ranks)."""
+        position = checkpoint.load(path, self.model, self.optimizer)
+        self.version, self.updates = position["version"], position["updates"]
+
+    def export(self, path: str | Path) -> None:
+        """Write a Hugging Face folder (all ranks)."""
+        export(self.model, self.model_path, path, write=self.rank == 0)
+        fsdp.barrier()
+
+    def full_state(self) -> list[tuple[str, torch.Tensor]]:
+        """The whole weights on rank 0, [] on the others (all ranks call it); see weights.full_state."""
+        return full_state(self.model, keep=self.rank == 0)
+
+
+class _Totals:
+    """Sums, maxima and phase times of one step, kept on the device until the end, then added over the ranks at once."""
+
+    PER_TOKEN = frozenset({"entropy"})
+
+    def __init__(self, device: torch.device) -> None:
+        self.device = device
+        self.sums: defaultdict[str, torch.Tensor] = defaultdict(self._zero)
+        self.maxima: defaultdict[str, torch.Tensor] = defaultdict(self._zero)
+        self.norms: list[torch.Tensor] = []
+        self.seconds: defaultdict[str, float] = defaultdict(float)
+        self.per_token: set[str] = set(self.PER_TOKEN)
+        self.started = time.perf_counter()
+
+    def _zero(self) -> torch.Tensor:
+        return torch.zeros((), dtype=torch.float64, device=self.device)
+
+    def add(
+        self, sums: dict[str, torch.Tensor], per_token: dict[str, torch.Tensor] | None = None
+    ) -> None:
+        for name, value in {**sums, **(per_token or {})}.items():
+            self.sums[name] += value
+        self.per_token.update(per_token or ())
+
+    def keep_largest(self, values: dict[str, torch.Tensor]) -> None:
+        for name, value in values.items():
+            self.maxima[name] = torch.maximum(self.maxima[name], value.double())
+
+    def add_norm(self, norm: torch.Tensor) -> None:
+        self.norms.append(norm)
+
+    @contextmanager
+    def timed(self, phase: str) -> Iterator[None]:
+        """Adds the seconds of the block to `phase`; on CUDA the kernels of the block included."""
+        started = time.perf_counter()
+        yield
+        if self.device.type == "cuda":
+            torch.cuda.synchronize(self.device)
+        self.seconds[phase] += time.perf_counter() - started
+
+    def metrics(self, updates: int) -> dict[str, float]:
+        """Means over tokens (or over updates), equal on all ranks. Zero where there was no update."""
+        for name in ("loss", "tokens_trained", "tokens_current", "entropy", "engine_kl"):
+            _ = self.sums[name]
+        for name in ("max_logprob_diff", "max_token_age"):
+            _ = self.maxima[name]
+        sums = _over_ranks(self.sums)
+        maxima = _over_ranks(self.maxima, largest=True)
+        tokens, current = max(1.0, sums["tokens_trained"]), max(1.0, sums["tokens_current"])
+        for name in self.per_token:
+            sums[name] /= tokens
+        sums["engine_kl"] /= current
+        sums["loss"] /= max(1, updates)
+        norm = float(torch.stack(self.norms).mean()) if self.norms else 0.0
+        seconds = {f"seconds_{phase}": value for phase, value in self.seconds.items()}
+        seconds["seconds_train"] = time.perf_counter() - self.started
+        return {**sums, **maxima, "grad_norm": norm, "updates": float(updates), **seconds}
+
+
+def _over_ranks(values: dict[str, torch.Tensor], largest: bool = False) -> dict[str, float]:
+    names = sorted(values)
+    stacked = fsdp.add_over_ranks(torch.stack([values[name] for name in names]), largest)
+    return dict(zip(names, stacked.tolist(), strict=True))

@@ -1,0 +1,38 @@
+"""The model's weights whole and under the names of a Hugging Face checkpoint, for the engines and for export.
+
+Called by actors/learner.py (staging) and learner/export.py. Test it alone with tests/unit/test_learner_export.py.
+"""
+
+from __future__ import annotations
+
+from typing import Any
+
+import torch
+
+from agl_ray.learner import fsdp
+
+
+def full_state(model: Any, *, keep: bool = True) -> list[tuple[str, torch.Tensor]]:
+    """(name, CPU tensor) of every weight, the same order every time: what vLLM's `load_weights` takes.
+
+    A collective: all ranks call it, those with `keep` False get []. Parameters are float32 copies. A tied tensor comes once, under the name of
+    the first module that holds it. One tensor is gathered at a time.
+    """
+    state: dict[str, torch.Tensor] = {}
+    seen: set[int] = set()
+    for name, tensor in model.state_dict(keep_vars=True).items():
+        if id(tensor) in seen:
+            continue
+        seen.add(id(tensor))
+        full = fsdp.whole(tensor.detach())
+        if keep:
+            state[name] = full.to("cpu", copy=True)
+    return list(_checkpoint_names(model, state).items()) if keep else []
+
+
+def _checkpoint_names(model: Any, state: dict[str, torch.Tensor]) -> dict[str, torch.Tensor]:
+    """transformers 5 renames and fuses some weights (experts) on loading; checkpoints and vLLM know the names from before."""
+    from transformers.core_model_loading import revert_weight_conversion
+
+    reverted: dict[str, torch.Tensor] = revert_weight_conversion(model, state)
+    return reverted
