@@ -1,0 +1,142 @@
+"""The store's process: one named, restartable actor over `agl_ray.store.core`.
+
+Lives in the run's namespace under the name `store`. It restarts for ever; each life loads the journal, so nobody else
+notices more than a pause. Where the journal cannot be opened or written, every call answers with that StoreError, and the
+actor tries to open it again on a later call.
+Who calls it: `agl_ray.trainer` through `create_store`; everybody else through `LightningStore.connect`. Test alone:
+tests/integration/test_store_actor.py, tests/faults/test_store_kill.py.
+"""
+
+from __future__ import annotations
+
+import asyncio
+import time
+import warnings
+from typing import Any
+
+from agl_ray.store.client import LightningStore
+from agl_ray.store.core import StoreCore
+from agl_ray.store.transport import ActorTransport
+from agl_ray.types import StoreError
+
+MAX_CONCURRENCY = 10_000  # every blocked dequeue and wait of a run holds one place
+RETRY_SECONDS = 2.0  # between two tries to open a journal that failed
+
+
+class Store:
+    """The actor class; `create_store` makes the actor. Its constructor never fails: errors are answers."""
+
+    def __init__(self, url: str, **options: Any) -> None:
+        self._url = url
+        self._options = options
+        self._core: StoreCore | None = None
+        self._closed = False
+        self._opening = asyncio.Lock()
+        self._failure: StoreError | None = None
+        self._tried_at = 0.0
+        self._restarted = _restarted()
+
+    async def call(self, command: str, *arguments: Any) -> Any:
+        """Run one command of `StoreCore` by name."""
+        if command == "close":
+            return await self.shutdown()
+        core = self._core
+        if core is None or core.failure is not None:
+            core = await self._open()
+        return await getattr(core, command)(*arguments)
+
+    async def shutdown(self) -> None:
+        """Flush and close the journal; the process is then ready to be killed."""
+        self._closed = True
+        if self._core is not None and self._core.failure is None:
+            await self._core.close()
+
+    async def _open(self) -> StoreCore:
+        async with self._opening:
+            if self._core is not None and (self._closed or self._core.failure is None):
+                return self._core
+            if self._failure is not None and time.monotonic() < self._tried_at + RETRY_SECONDS:
+                raise StoreError(str(self._failure))
+            if self._core is not None:
+                self._failure = self._core.failure
+                await self._core.close()
+            self._core = None
+            self._tried_at = time.monotonic()
+            try:
+                self._core = await StoreCore.open(
+                    self._url, must_exist=self._restarted, **self._options
+                )
+            except StoreError as error:
+                self._failure = error
+                raise
+            self._restarted, self._failure = True, None
+            return self._core
+
+
+def _restarted() -> bool:
+    """Whether this process is a later life of the actor."""
+    import ray
+
+    if not ray.is_initialized():
+        return False
+    with warnings.catch_warnings():  # Ray's own property asks Ray's deprecated one
+        warnings.simplefilter("ignore")
+        return bool(ray.get_runtime_context().was_current_actor_reconstructed)
+
+
+def create_store(
+    name: str,
+    namespace: str,
+    url: str,
+    *,
+    lease_seconds: float = 30.0,
+    cache_mib: float = 256.0,
+    start_seconds: float = 60.0,
+    detached: bool = False,
+    actor_options: dict[str, Any] | None = None,
+) -> LightningStore:
+    """Create the store actor and wait until its journal is open.
+
+    url: `sqlite:///path` or `memory://`. detached: it outlives the job that made it. actor_options: further options for Ray;
+    by default the actor takes no CPU and stays on the caller's node, where its file is. Raises StoreError (the journal cannot be
+    opened, the name is taken) and WaitTimeout.
+    """
+    import ray
+
+    from agl_ray import waits
+
+    options: dict[str, Any] = {
+        "name": name,
+        "namespace": namespace,
+        "num_cpus": 0,
+        "max_restarts": -1,
+        "max_concurrency": MAX_CONCURRENCY,
+        "scheduling_strategy": _stay_here(),
+    }
+    if detached:
+        options["lifetime"] = "detached"
+    options |= actor_options or {}
+    try:
+        handle = (
+            ray.remote(Store)
+            .options(**options)
+            .remote(url, lease_seconds=lease_seconds, cache_mib=cache_mib)
+        )
+    except ValueError as error:
+        raise StoreError(f"store actor {name!r} in namespace {namespace!r}: {error}") from error
+    try:
+        waits.get(handle.call.remote("ping"), on=f"store {name!r} to start", seconds=start_seconds)
+    except BaseException as error:
+        ray.kill(handle, no_restart=True)
+        cause = getattr(error, "cause", None)
+        if isinstance(cause, StoreError):
+            raise cause from None
+        raise
+    return LightningStore(ActorTransport(handle, name, namespace))
+
+
+def _stay_here() -> Any:
+    import ray
+    from ray.util.scheduling_strategies import NodeAffinitySchedulingStrategy
+
+    return NodeAffinitySchedulingStrategy(ray.get_runtime_context().get_node_id(), soft=False)

@@ -1,0 +1,67 @@
+"""Checks of what clients give the store: ids that fit in URLs and keys, values that fit in JSON, ends that agree.
+
+Who calls it: `agl_ray.store.machine`, `agl_ray.store.client`. Test alone: tests/unit/test_store_machine.py.
+"""
+
+from __future__ import annotations
+
+import math
+import re
+from typing import Any
+
+import msgspec
+
+from agl_ray.types import Attempt, Conflict, EndReason, InputError
+
+LATE = (EndReason.LOST, EndReason.TIMEOUT, EndReason.CANCELLED)
+"""Ends that were decided over the runner's head: its own later report is answered with them, not refused."""
+
+_ID = re.compile(r"[A-Za-z0-9._:-]{1,128}")
+
+
+def check_id(field: str, value: str) -> None:
+    """InputError where `value` cannot be an id (it goes into URLs and journal keys)."""
+    if not isinstance(value, str) or not _ID.fullmatch(value):
+        raise InputError(
+            f"{field}: expected 1 to 128 letters, digits or any of '._:-', got {value!r}"
+        )
+
+
+def check_json(field: str, value: Any) -> None:
+    """InputError where `value` cannot be written as JSON."""
+    if value is not msgspec.UNSET:
+        json_bytes(field, value)
+
+
+def json_bytes(field: str, value: Any) -> bytes:
+    try:
+        return msgspec.json.encode(value)
+    except (TypeError, ValueError, OverflowError, RecursionError) as error:
+        raise InputError(
+            f"{field}: expected JSON values (numbers, text, lists, dictionaries with text keys), got "
+            f"{type(value).__name__}: {error}"
+        ) from error
+
+
+def json_value(field: str, value: Any) -> Any:
+    """`value` as it reads back from JSON, so that it is the same before and after a restart (tuples become lists)."""
+    return msgspec.json.decode(json_bytes(field, value))
+
+
+def check_end(attempt: Attempt, reason: EndReason, reward: float | None) -> None:
+    """InputError where the reward is no number, Conflict where `attempt` already ended in another way."""
+    if reason is EndReason.OK and reward is not None and not math.isfinite(reward):
+        raise InputError(f"reward of an `ok` attempt: expected a finite number, got {reward}")
+    if not attempt.status.final or attempt.end_reason in LATE:
+        return
+    if attempt.end_reason is reason and (reason is not EndReason.OK or attempt.reward == reward):
+        return
+    raise Conflict(
+        f"attempt {attempt.attempt_id!r} of rollout {attempt.rollout_id!r} already ended {attempt.end_reason} with "
+        f"reward {attempt.reward}; it cannot end {reason} with reward {reward}"
+    )
+
+
+def clean_text(text: str | None) -> str | None:
+    """`text` without what UTF-8 cannot hold (an agent's output may carry any bytes): an error must not fail to be noted."""
+    return None if text is None else text.encode("utf-8", "backslashreplace").decode()

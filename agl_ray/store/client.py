@@ -1,0 +1,427 @@
+"""LightningStore: the one client of the store, for everybody.
+
+What it is: async methods over a transport (the store actor, or a core of this process). Usable from any event loop, picklable
+over the actor. While the actor restarts, calls are repeated with the same ids until `away_seconds`, so a repeated call does
+nothing twice. Errors arrive as their own types: NotFound, Conflict, InputError, StoreError; WaitTimeout names what was waited for.
+Who calls it: runners, gateway, controller, learner, tools. Test alone: tests/unit/test_store_client.py (`LightningStore.local`).
+"""
+
+from __future__ import annotations
+
+import asyncio
+import time
+from collections.abc import Iterable, Sequence
+from typing import Any
+
+import msgspec
+import pyarrow as pa
+from msgspec import UNSET, UnsetType
+
+from agl_ray import waits
+from agl_ray.store.checks import clean_text, json_value
+from agl_ray.store.core import StoreCore
+from agl_ray.store.lane import SpanLanes
+from agl_ray.store.payload import Payloads, pack, rows_of, table_of
+from agl_ray.store.state import AttemptKey
+from agl_ray.store.transport import ActorTransport, LocalTransport, StoreAway, Transport
+from agl_ray.types import (
+    Attempt,
+    AttemptedRollout,
+    AttemptStatus,
+    EndReason,
+    EnqueueRolloutRequest,
+    NamedResources,
+    ResourcesUpdate,
+    Rollout,
+    RolloutConfig,
+    RolloutStatus,
+    WaitTimeout,
+    Worker,
+    new_id,
+)
+
+SLICE_SECONDS = 20.0  # one blocking call asks the actor for at most this long, then asks again
+READ_ATTEMPTS = 256  # attempts per read_spans call
+
+
+class LightningStore:
+    """Rollouts, attempts, spans, resources, workers and named state of one run.
+
+    answer_seconds: how long one answer may take. away_seconds: how long the store may be away (restarting) before a
+    call gives up with WaitTimeout.
+    """
+
+    def __init__(
+        self, transport: Transport, *, answer_seconds: float = 60.0, away_seconds: float = 60.0
+    ) -> None:
+        self._transport = transport
+        self._answer_seconds = answer_seconds
+        self._away_seconds = away_seconds
+        self._lanes = SpanLanes(self._call)
+
+    def __reduce__(self) -> Any:
+        return (_rebuilt, (self._transport, self._answer_seconds, self._away_seconds))
+
+    @classmethod
+    def connect(
+        cls,
+        name: str = "store",
+        namespace: str | None = None,
+        *,
+        answer_seconds: float = 60.0,
+        away_seconds: float = 60.0,
+    ) -> LightningStore:
+        """The store actor of this name; `namespace` None = the caller's own. NotFound where there is none."""
+        import ray
+
+        from agl_ray.types import NotFound
+
+        try:
+            handle = ray.get_actor(name, namespace=namespace)
+        except ValueError as error:
+            raise NotFound(
+                f"no store actor {name!r} in namespace {namespace!r}; has the run started, and is this its cluster?"
+            ) from error
+        namespace = namespace or ray.get_runtime_context().namespace
+        transport = ActorTransport(handle, name, namespace)
+        return cls(transport, answer_seconds=answer_seconds, away_seconds=away_seconds)
+
+    @classmethod
+    def local(cls, core: StoreCore) -> LightningStore:
+        """Over a core of this process (`await StoreCore.open("memory://")`): tests, tools, debugging."""
+        return cls(LocalTransport(core))
+
+    async def _call(
+        self,
+        command: str,
+        *arguments: Any,
+        blocking: float = 0.0,
+        repeat: tuple[Any, ...] | None = None,
+    ) -> Any:
+        """One command, repeated while the store is away. `blocking`: seconds that the store may wait by itself.
+        `repeat`: arguments of a repetition where they differ."""
+        give_up: float | None = None
+        pause = 0.05
+        while True:
+            try:
+                seconds = self._answer_seconds + blocking
+                return await self._transport.call(command, *arguments, seconds=seconds)
+            except StoreAway as error:
+                now = time.monotonic()
+                give_up = now + self._away_seconds if give_up is None else give_up
+                if now >= give_up:
+                    on = f"the store to come back after a restart (to answer {command})"
+                    raise WaitTimeout(on, self._away_seconds, str(error)) from error
+            await waits.wait(
+                asyncio.sleep(pause),
+                on="the store to come back after a restart",
+                seconds=pause + 60,
+            )
+            pause = min(2 * pause, 1.0)
+            arguments = arguments if repeat is None else repeat
+
+    # Resources.
+
+    async def add_resources(self, resources: NamedResources) -> ResourcesUpdate:
+        """Publish a new snapshot of named resources; it is the latest from now on."""
+        return await self._call("add_resources", new_id("rs"), resources)
+
+    async def update_resources(
+        self, resources_id: str, resources: NamedResources
+    ) -> ResourcesUpdate:
+        """The next version of a snapshot (the first where the id is new); it becomes the latest."""
+        again = (resources_id, resources, True)
+        return await self._call("update_resources", resources_id, resources, repeat=again)
+
+    async def get_latest_resources(self) -> ResourcesUpdate | None:
+        return await self._call("get_resources", None)
+
+    async def get_resources_by_id(self, resources_id: str) -> ResourcesUpdate | None:
+        return await self._call("get_resources", resources_id)
+
+    # Rollouts.
+
+    async def enqueue_rollout(
+        self,
+        input: Any,
+        mode: str | None = None,
+        resources_id: str | None = None,
+        config: RolloutConfig | None = None,
+        metadata: dict[str, Any] | None = None,
+    ) -> Rollout:
+        """Queue one rollout. `input` and `metadata` are JSON values (InputError); `resources_id` None = the latest now."""
+        request = EnqueueRolloutRequest(
+            input=input,
+            mode=mode,
+            resources_id=resources_id,
+            config=config,
+            metadata=metadata or {},
+        )
+        return (await self.enqueue_many_rollouts([request]))[0]
+
+    async def enqueue_many_rollouts(
+        self, rollouts: Sequence[EnqueueRolloutRequest]
+    ) -> list[Rollout]:
+        """Queue all of them, in order, or none. A request with a `rollout_id` may be repeated without harm."""
+        return await self._call("enqueue", [_ready(request) for request in rollouts])
+
+    async def dequeue_rollout(
+        self, worker_id: str | None = None, wait_seconds: float = 0.0
+    ) -> AttemptedRollout | None:
+        """Take the oldest waiting rollout and lease an attempt of it; None where none came within `wait_seconds`."""
+        taken = await self.dequeue_many_rollouts(
+            limit=1, worker_id=worker_id, wait_seconds=wait_seconds
+        )
+        return taken[0] if taken else None
+
+    async def dequeue_many_rollouts(
+        self, *, limit: int = 1, worker_id: str | None = None, wait_seconds: float = 0.0
+    ) -> list[AttemptedRollout]:
+        """Up to `limit` leased attempts; waits up to `wait_seconds` for the first one, not for more."""
+        request_id = new_id("rq")
+        give_up = time.monotonic() + wait_seconds
+        while True:
+            left = max(0.0, give_up - time.monotonic())
+            slice_seconds = min(left, SLICE_SECONDS)
+            taken = await self._call(
+                "dequeue", limit, worker_id, slice_seconds, request_id, blocking=slice_seconds
+            )
+            if taken or left <= SLICE_SECONDS:
+                return taken
+
+    async def start_rollout(
+        self,
+        input: Any,
+        mode: str | None = None,
+        resources_id: str | None = None,
+        config: RolloutConfig | None = None,
+        metadata: dict[str, Any] | None = None,
+        worker_id: str | None = None,
+    ) -> AttemptedRollout:
+        """Make a rollout and its first attempt at once, past the queue."""
+        request = EnqueueRolloutRequest(
+            input=input,
+            mode=mode,
+            resources_id=resources_id,
+            config=config,
+            metadata=metadata or {},
+        )
+        return await self._call("start_rollout", _ready(request), worker_id, new_id("rq"))
+
+    async def start_attempt(
+        self, rollout_id: str, worker_id: str | None = None
+    ) -> AttemptedRollout:
+        """A new attempt by hand, past the queue and past `max_attempts`. Conflict where the rollout is final."""
+        return await self._call("start_attempt", rollout_id, worker_id, new_id("rq"))
+
+    async def cancel_rollouts(self, rollout_ids: Sequence[str]) -> list[Rollout]:
+        """Cancel; open attempts end `cancelled`, final rollouts stay as they are."""
+        return await self._call("cancel_rollouts", list(rollout_ids))
+
+    async def wait_for_rollouts(
+        self,
+        *,
+        rollout_ids: Sequence[str],
+        timeout: float | None = None,
+        min_count: int | None = None,
+    ) -> list[Rollout]:
+        """The final ones, as soon as all (or `min_count`) are, or whoever is at `timeout` seconds (None = no limit).
+
+        Ids that the store does not know are left out and not waited for.
+        """
+        ids = list(dict.fromkeys(rollout_ids))
+        give_up = None if timeout is None else time.monotonic() + timeout
+        while True:
+            left = SLICE_SECONDS if give_up is None else max(0.0, give_up - time.monotonic())
+            slice_seconds = min(left, SLICE_SECONDS)
+            final, enough = await self._call(
+                "wait_for_rollouts", ids, slice_seconds, min_count, blocking=slice_seconds
+            )
+            if enough or (give_up is not None and left <= SLICE_SECONDS):
+                return final
+
+    async def get_rollout_by_id(self, rollout_id: str) -> Rollout | None:
+        return await self._call("get_rollout", rollout_id)
+
+    async def query_rollouts(
+        self,
+        *,
+        status_in: Sequence[RolloutStatus] | None = None,
+        rollout_id_in: Sequence[str] | None = None,
+        mode: str | None = None,
+        limit: int = -1,
+        offset: int = 0,
+    ) -> list[Rollout]:
+        """Rollouts in order of creation (of `rollout_id_in` where given); `limit` -1 = all."""
+        return await self._call("query_rollouts", status_in, rollout_id_in, mode, limit, offset)
+
+    async def update_rollout(
+        self,
+        rollout_id: str,
+        *,
+        input: Any = UNSET,
+        mode: str | UnsetType | None = UNSET,
+        resources_id: str | UnsetType | None = UNSET,
+        status: RolloutStatus | UnsetType = UNSET,
+        config: RolloutConfig | UnsetType = UNSET,
+        metadata: dict[str, Any] | UnsetType = UNSET,
+    ) -> Rollout:
+        """Change the given fields. Status by hand: see `agl_ray.store.edits`; queuing or requeuing revives a final rollout."""
+        fields = {"input": input, "mode": mode, "resources_id": resources_id, "status": status}
+        fields |= {"config": config, "metadata": metadata}
+        return await self._call("update_rollout", rollout_id, _given(fields))
+
+    # Attempts.
+
+    async def end_attempt(
+        self,
+        rollout_id: str,
+        attempt_id: str,
+        reason: EndReason,
+        *,
+        reward: float | None = None,
+        error: str | None = None,
+        expected_spans: int | None = None,
+    ) -> Attempt:
+        """End an attempt; its rollout follows by the retry rule. Repeating the same end changes nothing.
+
+        An attempt that ended `lost`, `timeout` or `cancelled` before is returned as it is: look at `end_reason`. Any other
+        different end is a Conflict. `expected_spans`: how many spans were sent; an `ok` end waits some seconds for stragglers and
+        becomes `lost` where they do not come.
+        """
+        reason = EndReason(reason)
+        return await self._call(
+            "end_attempt", rollout_id, attempt_id, reason, reward, clean_text(error), expected_spans
+        )
+
+    async def update_attempt(
+        self,
+        rollout_id: str,
+        attempt_id: str,
+        *,
+        status: AttemptStatus | UnsetType = UNSET,
+        worker_id: str | UnsetType | None = UNSET,
+        last_heartbeat_time: float | UnsetType = UNSET,
+        metadata: dict[str, Any] | UnsetType = UNSET,
+    ) -> Attempt:
+        """Change the given fields (`attempt_id` may be `latest`); a final status ends the attempt."""
+        fields = {"status": status, "worker_id": worker_id, "metadata": metadata}
+        fields |= {"last_heartbeat_time": last_heartbeat_time}
+        return await self._call("update_attempt", rollout_id, attempt_id, _given(fields))
+
+    async def get_attempt(self, rollout_id: str, attempt_id: str) -> Attempt:
+        """NotFound where it is unknown; `attempt_id` may be `latest`."""
+        return await self._call("get_attempt", rollout_id, attempt_id)
+
+    async def get_latest_attempt(self, rollout_id: str) -> Attempt | None:
+        return await self._call("get_latest_attempt", rollout_id)
+
+    async def get_attempts(self, rollout_ids: Sequence[str]) -> list[Attempt]:
+        """The latest attempt of each rollout, in order; rollouts without one are left out."""
+        return await self._call("get_attempts", list(rollout_ids))
+
+    async def query_attempts(self, rollout_id: str) -> list[Attempt]:
+        """All attempts of a rollout in order."""
+        return await self._call("query_attempts", rollout_id)
+
+    # Spans.
+
+    async def add_spans(
+        self,
+        rollout_id: str,
+        attempt_id: str,
+        batch: pa.RecordBatch | bytes,
+        batch_id: str | None = None,
+    ) -> list[int]:
+        """Store a batch in SPAN_SCHEMA (or its IPC stream); the answer, its sequence ids, comes when it is journalled.
+
+        `batch_id` (unique in its attempt) makes a repetition by the caller harmless. Calls made at the same time travel together.
+        """
+        payload, count = pack(batch, (rollout_id, attempt_id))
+        item = (rollout_id, attempt_id, batch_id or new_id("ba"), count, payload)
+        first, number = await self._lanes.send(item)
+        return list(range(first, first + number))
+
+    async def read_spans(self, attempts: Sequence[AttemptKey]) -> pa.Table:
+        """The spans of these attempts as a table in SPAN_SCHEMA, in order of (given attempts, sequence_id)."""
+        keys = [(rollout_id, attempt_id) for rollout_id, attempt_id in attempts]
+        parts: list[Payloads] = []
+        for start in range(0, len(keys), READ_ATTEMPTS):
+            parts.append(await self._call("read_spans", keys[start : start + READ_ATTEMPTS]))
+        return table_of(parts)
+
+    async def query_spans(
+        self, rollout_id: str, attempt_id: str | None = None
+    ) -> list[dict[str, Any]]:
+        """Spans as plain rows in order of sequence; `attempt_id` None = all attempts, `latest` = the newest."""
+        attempts = await self.query_attempts(rollout_id)
+        if attempt_id == "latest":
+            keys = [(rollout_id, one.attempt_id) for one in attempts[-1:]]
+        elif attempt_id is None:
+            keys = [(rollout_id, one.attempt_id) for one in attempts]
+        else:
+            keys = [(rollout_id, attempt_id)]
+        rows = rows_of(await self.read_spans(keys))
+        return sorted(rows, key=lambda row: row["sequence_id"])
+
+    # Workers.
+
+    async def update_worker(
+        self,
+        worker_id: str,
+        heartbeat_stats: dict[str, Any] | UnsetType = UNSET,
+        attempts: Iterable[AttemptKey] = (),
+    ) -> Worker:
+        """A heartbeat; it renews the leases of `attempts`."""
+        return await self._call("update_worker", worker_id, heartbeat_stats, list(attempts))
+
+    async def worker_lost(self, worker_id: str, why: str) -> list[Attempt]:
+        """The worker is dead: end its open attempts `lost` (requeued by the retry rule) and return them."""
+        return await self._call("worker_lost", worker_id, why)
+
+    async def query_workers(self) -> list[Worker]:
+        return await self._call("query_workers")
+
+    # Named state, statistics, life.
+
+    async def put_state(self, key: str, value: bytes) -> None:
+        """Keep `value` under `key` (the controller's position and the like)."""
+        await self._call("put_state", key, value)
+
+    async def get_state(self, key: str) -> bytes | None:
+        return await self._call("get_state", key)
+
+    async def list_state(self, prefix: str = "") -> list[str]:
+        """The keys that start with `prefix`, sorted."""
+        return await self._call("list_state", prefix)
+
+    async def statistics(self) -> dict[str, Any]:
+        """Counts of records by status and by end reason, spans and their bytes, queue length, uptime, restarts."""
+        return await self._call("statistics")
+
+    async def ping(self) -> float:
+        """Seconds that the store has been up (since its last restart)."""
+        return await self._call("ping")
+
+    async def shutdown(self) -> None:
+        """Flush the journal and end the store's process."""
+        await self._call("close")
+        await self._transport.close()
+
+
+def _rebuilt(transport: Transport, answer_seconds: float, away_seconds: float) -> LightningStore:
+    return LightningStore(transport, answer_seconds=answer_seconds, away_seconds=away_seconds)
+
+
+def _ready(request: EnqueueRolloutRequest) -> EnqueueRolloutRequest:
+    """With an id, and with JSON values as they will be read back."""
+    return msgspec.structs.replace(
+        request,
+        rollout_id=request.rollout_id or new_id("ro"),
+        input=json_value("input", request.input),
+        metadata=json_value("metadata", request.metadata),
+    )
+
+
+def _given(fields: dict[str, Any]) -> dict[str, Any]:
+    return {name: value for name, value in fields.items() if value is not UNSET}

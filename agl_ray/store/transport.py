@@ -1,0 +1,94 @@
+"""How a LightningStore client reaches its store: through a Ray actor handle, or straight into a core of this process.
+
+What it is: `call(command, *arguments, seconds=...)` runs one coroutine of `StoreCore` by name and gives its result or raises the
+store's own error. `StoreAway` says that no answer came because the actor is restarting: the client asks again.
+Who calls it: `agl_ray.store.client`. Test alone: tests/integration/test_store_actor.py.
+"""
+
+from __future__ import annotations
+
+import asyncio
+from collections.abc import Coroutine
+from typing import Any, Protocol
+
+from agl_ray import waits
+from agl_ray.store.core import StoreCore
+from agl_ray.types import StoreError
+
+
+class StoreAway(Exception):
+    """The store's process died or restarts; whether the command was carried out is not known."""
+
+
+class Transport(Protocol):
+    async def call(self, command: str, *arguments: Any, seconds: float) -> Any: ...
+
+    async def close(self) -> None:
+        """End the store's process, after its `shutdown`."""
+
+
+class LocalTransport:
+    """Into a core of this process, from any of its event loops."""
+
+    def __init__(self, core: StoreCore) -> None:
+        self.core = core
+
+    def __reduce__(self) -> Any:
+        raise TypeError(
+            "a LightningStore.local lives in one process and cannot be pickled; use the store actor"
+        )
+
+    async def call(self, command: str, *arguments: Any, seconds: float) -> Any:
+        work: Coroutine[Any, Any, Any] = getattr(self.core, command)(*arguments)
+        on = f"the local store's answer to {command}"
+        if asyncio.get_running_loop() is self.core.loop:
+            return await waits.wait(work, on=on, seconds=seconds)
+        future = asyncio.run_coroutine_threadsafe(work, self.core.loop)
+        return await waits.wait(asyncio.wrap_future(future), on=on, seconds=seconds)
+
+    async def close(self) -> None:
+        """The core was closed by `shutdown`; there is no process to end."""
+
+
+class ActorTransport:
+    """To the named actor `Store` (actors/store.py). Picklable."""
+
+    def __init__(self, handle: Any, name: str, namespace: str | None) -> None:
+        self.handle, self.name, self.namespace = handle, name, namespace
+
+    def __reduce__(self) -> Any:
+        return (ActorTransport, (self.handle, self.name, self.namespace))
+
+    async def call(self, command: str, *arguments: Any, seconds: float) -> Any:
+        """Raises the store's own error, StoreAway while it restarts, StoreError once it is gone for good."""
+        import ray
+
+        ref = self.handle.call.remote(command, *arguments)
+        try:
+            return await waits.wait(
+                ref, on=f"store {self.name!r} to answer {command}", seconds=seconds
+            )
+        except asyncio.CancelledError:
+            ray.cancel(ref)  # a taker that has gone must not be given work
+            raise
+        except ray.exceptions.RayTaskError as error:
+            if isinstance(error.cause, Exception):
+                raise error.cause from None
+            raise
+        except ray.exceptions.RayActorError as error:
+            await self._still_there(error)
+            raise StoreAway(str(error)) from error
+
+    async def _still_there(self, error: Exception) -> None:
+        """StoreError where the actor will not come back: its name is free again."""
+        import ray
+
+        try:
+            await asyncio.to_thread(ray.get_actor, self.name, namespace=self.namespace)
+        except ValueError:
+            raise StoreError(f"store {self.name!r} has ended for good: {error}") from error
+
+    async def close(self) -> None:
+        import ray
+
+        ray.kill(self.handle, no_restart=True)
