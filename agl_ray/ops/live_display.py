@@ -15,17 +15,27 @@ from rich.progress import BarColumn, SpinnerColumn, TaskID, TextColumn
 from rich.progress import Progress as Bars
 from rich.text import Text
 
-from agl_ray.ops.display import PHASE_TITLES, STEP_PHASES
+from agl_ray.ops.display import PHASE_TITLES
 from agl_ray.ops.events import Done, Event, Failed, Notice, Phase, Progress, StepDone, Validation
 from agl_ray.ops.numbers import duration
 from agl_ray.ops.step_line import aligned, header, validation_line
 from agl_ray.ops.summary_text import render_summary
 
 HEADER_EVERY = 20  # step lines between two headers
+TITLE_WIDTH = 30
+
+# During the steps three bars stay in their places, so that the screen does not jump: the steps, and what runners and learner do.
+SLOTS = {
+    "rollout": "runners",
+    "validation": "runners",
+    "update": "learner",
+    "sync": "learner",
+    "checkpoint": "learner",
+}
 
 
 class LiveDisplay:
-    """Rich's live screen. `steps`, when known, shows as the lowest bar, with the time that is left."""
+    """Rich's live screen. Bars live below the lines; the closing text replaces them."""
 
     def __init__(self, stream: TextIO | None = None) -> None:
         self._console = Console(file=stream, highlight=False)
@@ -73,24 +83,28 @@ class LiveDisplay:
                 self._done(event)
 
     def _phase(self, event: Phase) -> None:
-        title = PHASE_TITLES.get(event.name, event.name)
-        if event.state == "start":
-            self._bar(event.name, title, None, None, "")
+        slot = SLOTS.get(event.name)
+        if slot is not None:
+            busy = event.state == "start"
+            self._bar(slot, f"{slot}: {event.name if busy else 'idle'}", busy)
             return
-        self._drop(event.name)
-        # Bars that a phase left behind (its progress stopped short of the end) go with it.
-        for name in [name for name in self._tasks if name != "steps"]:
-            if event.name not in STEP_PHASES or name.startswith(event.name):
-                self._drop(name)
-        if event.name not in STEP_PHASES:
+        title = PHASE_TITLES.get(event.name, event.name)
+        # Bars of the phase before, and what this one leaves behind, go: a new set of bars begins.
+        self._clear()
+        if event.state == "start":
+            self._bar(title, title)
+        else:
             self._print(f"{title}: done after {duration(event.seconds or 0.0)}", "green")
 
     def _progress(self, event: Progress) -> None:
+        slot = "runners" if event.name.startswith(("rollouts", "validation")) else event.name
         if event.done >= event.total:
-            self._drop(event.name)
+            if slot == event.name:
+                self._drop(slot)
             return
         counts = f"{event.done:g}/{event.total:g}" if event.total != 100 else f"{event.done:g} %"
-        self._bar(event.name, event.name, event.done, event.total, f"{counts}  {event.detail}")
+        title = event.name if slot == event.name else f"{slot}: {event.name}"
+        self._bar(slot, title, True, event.done, event.total, f"{counts}  {event.detail}")
 
     def _step(self, event: StepDone) -> None:
         if self._lines % HEADER_EVERY == 0:
@@ -98,7 +112,8 @@ class LiveDisplay:
         self._lines += 1
         self._print(aligned(event), None)
         left = self._time_left(event)
-        self._bar("steps", "steps", event.step, event.steps, f"{event.step}/{event.steps}  {left}")
+        counts = f"{event.step}/{event.steps}  {left}"
+        self._bar("steps", "steps", True, event.step, event.steps, counts)
         if event.step >= event.steps:
             self._drop("steps")
 
@@ -118,12 +133,25 @@ class LiveDisplay:
             self._console.print(Text(render_summary(event.summary, width=width)))
 
     def _bar(
-        self, name: str, title: str, done: float | None, total: float | None, state: str
+        self,
+        name: str,
+        title: str,
+        busy: bool = True,
+        done: float | None = None,
+        total: float | None = None,
+        state: str = "",
     ) -> None:
-        """Show or move the bar `name`; without a total it only moves to and fro."""
+        """Show or move the bar `name`: with a total up to `done`, without one to and fro, or empty when not `busy`."""
+        shown = f"{title:<{TITLE_WIDTH}}"
         if name not in self._tasks:
-            self._tasks[name] = self._bars.add_task(title, total=total, state=state)
-        self._bars.update(self._tasks[name], completed=done, total=total, state=state)
+            self._tasks[name] = self._bars.add_task(shown, total=None, state=state)
+        task = self._bars.tasks[self._bars.task_ids.index(self._tasks[name])]
+        task.total = total if busy else 1.0
+        self._bars.update(task.id, description=shown, completed=done or 0.0, state=state)
+
+    def _clear(self) -> None:
+        for name in list(self._tasks):
+            self._drop(name)
 
     def _drop(self, name: str) -> None:
         if name in self._tasks:

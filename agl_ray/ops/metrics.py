@@ -50,13 +50,13 @@ class MetricsWriter:
             file.write(msgspec.json.encode(flatten(row)) + b"\n")
 
     def cut(self, step: int) -> None:
-        """Drop the rows after `step`: a resumed run writes them again."""
-        rows = read_metrics(self.path.parent)
-        kept = [row for row in rows if row["step"] <= step]
-        if len(kept) < len(rows):
-            fresh = self.path.with_suffix(".new")
-            fresh.write_bytes(b"".join(msgspec.json.encode(row) + b"\n" for row in kept))
-            os.replace(fresh, self.path)
+        """Drop the rows after `step`, which a resumed run writes again, and a torn last line."""
+        if not self.path.exists():
+            return
+        kept = [row for row in read_metrics(self.path.parent) if row["step"] <= step]
+        fresh = self.path.with_suffix(".new")
+        fresh.write_bytes(b"".join(msgspec.json.encode(row) + b"\n" for row in kept))
+        os.replace(fresh, self.path)
 
 
 def flatten(row: Mapping[str, Any], prefix: str = "") -> dict[str, Any]:
