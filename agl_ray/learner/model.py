@@ -55,6 +55,7 @@ def _check_config(folder: Path) -> None:
 def load_model(path: str | Path, device: str = "cpu") -> Any:
     """The causal LM in float32 on `device`, dropout off, with attention kept inside each row (learner/attention.py)."""
     import torch
+    from safetensors import SafetensorError
     from transformers import AutoModelForCausalLM
     from transformers.utils import logging
 
@@ -63,12 +64,21 @@ def load_model(path: str | Path, device: str = "cpu") -> Any:
     folder = check_model_folder(path)
     logging.disable_progress_bar()
     try:
-        model = AutoModelForCausalLM.from_pretrained(
-            str(folder), dtype=torch.float32, attn_implementation="sdpa", local_files_only=True
+        model, report = AutoModelForCausalLM.from_pretrained(
+            str(folder),
+            dtype=torch.float32,
+            attn_implementation="sdpa",
+            local_files_only=True,
+            output_loading_info=True,
         )
-    except (OSError, ValueError, KeyError, RuntimeError) as error:
+    except (OSError, ValueError, KeyError, RuntimeError, SafetensorError) as error:
         raise InputError(
             f"model folder {folder}: transformers cannot load it as a causal language model: {error}"
         ) from error
+    if report["missing_keys"]:  # transformers would have drawn them at random and only warned
+        raise InputError(
+            f"model folder {folder}: expected weights for {sorted(report['missing_keys'])[0]}, found none in its files "
+            f"({len(report['missing_keys'])} missing in all)"
+        )
     model.set_attn_implementation(attention.NAME)
     return model.eval().to(device)
