@@ -49,6 +49,7 @@ def draw_curves(folder: Path, validation: Mapping[str, Any] | None = None) -> Pa
     _seconds(panels[1][1], rows)
     for panel in panels.flat:
         panel.spines[["top", "right"]].set_visible(False)
+        panel.set_axisbelow(True)
         panel.grid(alpha=0.25, linewidth=0.6)
         panel.xaxis.get_major_locator().set_params(integer=True)
     for panel in panels[1]:
@@ -87,7 +88,7 @@ def _reward(panel: Any, rows: Rows, validation: Mapping[str, Any]) -> None:
         )  # fmt: skip
         for step, mean in (points[0], points[-1]):
             panel.annotate(
-                f"{mean:.2f}", (step, mean), xytext=(8, -14), textcoords="offset points", color=RED
+                f"{mean:.3f}", (step, mean), xytext=(6, -16), textcoords="offset points", color=RED
             )
     _unit_range(panel, values + [p[1] for p in points])
     panel.set_title("mean reward")
@@ -103,7 +104,7 @@ def _unit_range(panel: Any, values: list[float]) -> None:
 def _speed(panel: Any, rows: Rows) -> None:
     held = [(row["step"], speed) for row in rows if (speed := tokens_per_second(row)) is not None]
     panel.plot([s for s, _ in held], [v for _, v in held], color=BLUE, linewidth=1.6)
-    panel.set_ylim(bottom=0)
+    panel.set_ylim(0, 1.1 * max([v for _, v in held], default=1.0))
     panel.set_title("tokens produced per second of the step")
 
 
@@ -111,12 +112,13 @@ def _difference(panel: Any, rows: Rows) -> None:
     steps, values = _column(rows, "max_logprob_diff")
     # Exact agreement cannot be drawn on a logarithmic axis.
     panel.plot(steps, [max(value, 1e-9) for value in values], color=BLUE, linewidth=1.6)
-    panel.axhline(
-        1e-3, color=RED, linewidth=1, linestyle=":", label="limit of a healthy float32 run"
-    )
+    panel.axhline(1e-3, color=RED, linewidth=1, linestyle=":")
     panel.set_yscale("log")
+    panel.annotate(
+        "a healthy float32 run stays below", (steps[-1] if steps else 1, 1e-3), xytext=(0, -4),
+        textcoords="offset points", color=RED, fontsize=9, ha="right", va="top",
+    )  # fmt: skip
     panel.set_title("largest log-probability difference, engine and learner")
-    panel.legend(frameon=False, loc="best")
 
 
 def _seconds(panel: Any, rows: Rows) -> None:
@@ -133,7 +135,9 @@ def _seconds(panel: Any, rows: Rows) -> None:
         bottom = [base + height for base, height in zip(bottom, heights, strict=True)]
     panel.set_title("seconds by phase")
     if used:
-        panel.legend(frameon=False, loc="best", ncols=2)
+        # Room above the bars for the legend.
+        panel.set_ylim(0, 1.25 * max(bottom))
+        panel.legend(frameon=False, loc="upper left", ncols=len(used), handlelength=1, fontsize=9)
 
 
 if __name__ == "__main__":
