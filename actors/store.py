@@ -53,7 +53,9 @@ class Store:
 
     async def _open(self) -> StoreCore:
         async with self._opening:
-            if self._core is not None and (self._closed or self._core.failure is None):
+            if self._closed:
+                raise StoreError(f"store {self._url}: it was shut down")
+            if self._core is not None and self._core.failure is None:
                 return self._core
             if self._failure is not None and time.monotonic() < self._tried_at + RETRY_SECONDS:
                 raise StoreError(str(self._failure))

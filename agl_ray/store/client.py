@@ -8,7 +8,6 @@ Who calls it: runners, gateway, controller, learner, tools. Test alone: tests/un
 
 from __future__ import annotations
 
-import asyncio
 import time
 from collections.abc import Iterable, Sequence
 from typing import Any
@@ -17,13 +16,10 @@ import msgspec
 import pyarrow as pa
 from msgspec import UNSET, UnsetType
 
-from agl_ray import waits
+from agl_ray.store.caller import StoreCaller
 from agl_ray.store.checks import clean_text, json_value
-from agl_ray.store.core import StoreCore
-from agl_ray.store.lane import SpanLanes
 from agl_ray.store.payload import Payloads, pack, rows_of, table_of
 from agl_ray.store.state import AttemptKey
-from agl_ray.store.transport import ActorTransport, LocalTransport, StoreAway, Transport
 from agl_ray.types import (
     Attempt,
     AttemptedRollout,
@@ -35,7 +31,6 @@ from agl_ray.types import (
     Rollout,
     RolloutConfig,
     RolloutStatus,
-    WaitTimeout,
     Worker,
     new_id,
 )
@@ -44,81 +39,9 @@ SLICE_SECONDS = 20.0  # one blocking call asks the actor for at most this long, 
 READ_ATTEMPTS = 256  # attempts per read_spans call
 
 
-class LightningStore:
-    """Rollouts, attempts, spans, resources, workers and named state of one run.
-
-    answer_seconds: how long one answer may take. away_seconds: how long the store may be away (restarting) before a
-    call gives up with WaitTimeout.
-    """
-
-    def __init__(
-        self, transport: Transport, *, answer_seconds: float = 60.0, away_seconds: float = 60.0
-    ) -> None:
-        self._transport = transport
-        self._answer_seconds = answer_seconds
-        self._away_seconds = away_seconds
-        self._lanes = SpanLanes(self._call)
-
-    def __reduce__(self) -> Any:
-        return (_rebuilt, (self._transport, self._answer_seconds, self._away_seconds))
-
-    @classmethod
-    def connect(
-        cls,
-        name: str = "store",
-        namespace: str | None = None,
-        *,
-        answer_seconds: float = 60.0,
-        away_seconds: float = 60.0,
-    ) -> LightningStore:
-        """The store actor of this name; `namespace` None = the caller's own. NotFound where there is none."""
-        import ray
-
-        from agl_ray.types import NotFound
-
-        try:
-            handle = ray.get_actor(name, namespace=namespace)
-        except ValueError as error:
-            raise NotFound(
-                f"no store actor {name!r} in namespace {namespace!r}; has the run started, and is this its cluster?"
-            ) from error
-        namespace = namespace or ray.get_runtime_context().namespace
-        transport = ActorTransport(handle, name, namespace)
-        return cls(transport, answer_seconds=answer_seconds, away_seconds=away_seconds)
-
-    @classmethod
-    def local(cls, core: StoreCore) -> LightningStore:
-        """Over a core of this process (`await StoreCore.open("memory://")`): tests, tools, debugging."""
-        return cls(LocalTransport(core))
-
-    async def _call(
-        self,
-        command: str,
-        *arguments: Any,
-        blocking: float = 0.0,
-        repeat: tuple[Any, ...] | None = None,
-    ) -> Any:
-        """One command, repeated while the store is away. `blocking`: seconds that the store may wait by itself.
-        `repeat`: arguments of a repetition where they differ."""
-        give_up: float | None = None
-        pause = 0.05
-        while True:
-            try:
-                seconds = self._answer_seconds + blocking
-                return await self._transport.call(command, *arguments, seconds=seconds)
-            except StoreAway as error:
-                now = time.monotonic()
-                give_up = now + self._away_seconds if give_up is None else give_up
-                if now >= give_up:
-                    on = f"the store to come back after a restart (to answer {command})"
-                    raise WaitTimeout(on, self._away_seconds, str(error)) from error
-            await waits.wait(
-                asyncio.sleep(pause),
-                on="the store to come back after a restart",
-                seconds=pause + 60,
-            )
-            pause = min(2 * pause, 1.0)
-            arguments = arguments if repeat is None else repeat
+class LightningStore(StoreCaller):
+    """Rollouts, attempts, spans, resources, workers and named state of one run. Made by `connect`, `local`, or
+    `actors.store.create_store`; the parameters are those of `StoreCaller`."""
 
     # Resources.
 
@@ -305,8 +228,8 @@ class LightningStore:
         metadata: dict[str, Any] | UnsetType = UNSET,
     ) -> Attempt:
         """Change the given fields (`attempt_id` may be `latest`); a final status ends the attempt."""
-        fields = {"status": status, "worker_id": worker_id, "metadata": metadata}
-        fields |= {"last_heartbeat_time": last_heartbeat_time}
+        fields: dict[str, Any] = {"status": status, "worker_id": worker_id, "metadata": metadata}
+        fields["last_heartbeat_time"] = last_heartbeat_time
         return await self._call("update_attempt", rollout_id, attempt_id, _given(fields))
 
     async def get_attempt(self, rollout_id: str, attempt_id: str) -> Attempt:
@@ -407,10 +330,6 @@ class LightningStore:
         """Flush the journal and end the store's process."""
         await self._call("close")
         await self._transport.close()
-
-
-def _rebuilt(transport: Transport, answer_seconds: float, away_seconds: float) -> LightningStore:
-    return LightningStore(transport, answer_seconds=answer_seconds, away_seconds=away_seconds)
 
 
 def _ready(request: EnqueueRolloutRequest) -> EnqueueRolloutRequest:

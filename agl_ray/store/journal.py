@@ -33,7 +33,7 @@ class SpanRow(NamedTuple):
     batch_id: str  # unique within its attempt
     key: AttemptKey
     first: int
-    count: int
+    number: int  # of spans
     payload: bytes
 
 

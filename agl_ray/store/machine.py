@@ -23,6 +23,7 @@ from agl_ray.types import (
     Conflict,
     EndReason,
     EnqueueRolloutRequest,
+    InputError,
     NamedResources,
     NotFound,
     ResourcesUpdate,
@@ -88,6 +89,13 @@ class Machine:
                 resources=resources,
             )
         )
+
+    def put_value(self, key: str, value: bytes, now: float) -> None:
+        """Keep `value` (bytes, as they are) under `key`."""
+        del now
+        if not isinstance(value, bytes):
+            raise InputError(f"state {key!r}: expected bytes, got {type(value).__name__}")
+        self.state.put_value(key, value)
 
     # Rollouts and the queue.
 

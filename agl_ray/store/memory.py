@@ -40,7 +40,7 @@ class MemoryJournal:
     def find_batch(self, key: AttemptKey, batch_id: str) -> BatchEntry | None:
         for span in self._spans.get(key, ()):
             if span.batch_id == batch_id:
-                return BatchEntry(span.first, span.count)
+                return BatchEntry(span.first, span.number)
         return None
 
     def close(self) -> None:

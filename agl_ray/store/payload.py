@@ -17,6 +17,7 @@ import numpy as np
 import pyarrow as pa
 
 from agl_ray.spans import SPAN_SCHEMA, batch_from_ipc
+from agl_ray.store.journal import SpanRow
 from agl_ray.store.state import AttemptKey
 from agl_ray.types import InputError, StoreError
 
@@ -26,9 +27,9 @@ SEQUENCE = SPAN_SCHEMA.get_field_index("sequence_id")
 
 class Payloads(NamedTuple):
     """Payloads of several attempts on their way to a reader: `data` holds them end to end (it crosses processes without a
-    copy), `index` has per payload (first sequence id, count, size in bytes), in the order asked for."""
+    copy), `places` has per payload (first sequence id, count, size in bytes), in the order asked for."""
 
-    index: list[tuple[int, int, int]]
+    places: list[tuple[int, int, int]]
     data: Any  # pa.Buffer
 
 
@@ -56,10 +57,10 @@ def pack(batch: pa.RecordBatch | bytes, key: AttemptKey) -> tuple[bytes, int]:
     return batch.serialize().to_pybytes(), batch.num_rows
 
 
-def join(rows: Sequence[tuple[int, int, bytes]]) -> Payloads:
-    """From (first sequence id, count, payload) in order."""
-    index = [(first, count, len(payload)) for first, count, payload in rows]
-    return Payloads(index, pa.py_buffer(b"".join(payload for _, _, payload in rows)))
+def join(rows: Sequence[SpanRow]) -> Payloads:
+    """Rows of the journal, in order, for one answer."""
+    places = [(row.first, row.number, len(row.payload)) for row in rows]
+    return Payloads(places, pa.py_buffer(b"".join(row.payload for row in rows)))
 
 
 def table_of(payloads: Sequence[Payloads]) -> pa.Table:
@@ -70,7 +71,7 @@ def table_of(payloads: Sequence[Payloads]) -> pa.Table:
 
 def _batches(payloads: Payloads) -> list[pa.RecordBatch]:
     batches, offset = [], 0
-    for first, count, size in payloads.index:
+    for first, count, size in payloads.places:
         try:
             batch = pa.ipc.read_record_batch(payloads.data.slice(offset, size), SPAN_SCHEMA)
         except (pa.ArrowInvalid, OSError) as error:

@@ -1,42 +1,19 @@
 """The reading half of the core: questions about records, answered when what they show is in the journal.
 
-Who calls it: `agl_ray.store.core.StoreCore` inherits it. Test alone: tests/unit/test_store_core.py.
+Who calls it: `agl_ray.store.core.StoreCore` builds on it. Test alone: tests/unit/test_store_core.py.
 """
 
 from __future__ import annotations
 
-import asyncio
 from collections.abc import Sequence
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
+from agl_ray.store.base import CoreBase
 from agl_ray.types import Attempt, ResourcesUpdate, Rollout, RolloutStatus, Worker
 
-if TYPE_CHECKING:
-    from agl_ray.store.cache import PayloadCache
-    from agl_ray.store.journal import GroupCommit, Journal
-    from agl_ray.store.machine import Machine
-    from agl_ray.store.waiting import FinalWaiters, QueueWaiters
 
-
-class Reads:
-    """Mixed into StoreCore, which makes these attributes."""
-
-    url: str
-    loop: asyncio.AbstractEventLoop
-    machine: Machine
-    _journal: Journal
-    _group: GroupCommit
-    _cache: PayloadCache
-    _takers: QueueWaiters
-    _finals: FinalWaiters
-    _starts: int
-    _opened_at: float
-
-    if TYPE_CHECKING:
-
-        def _check(self) -> None: ...
-        def now(self) -> float: ...
-        async def _committed(self, result: Any) -> Any: ...
+class Reads(CoreBase):
+    """Questions; unknown ids are None or NotFound as `LightningStore` says."""
 
     async def wait_for_rollouts(
         self, rollout_ids: Sequence[str], timeout: float | None, min_count: int | None
@@ -58,8 +35,7 @@ class Reads:
 
     async def get_rollout(self, rollout_id: str) -> Rollout | None:
         self._check()
-        found: Rollout | None = await self._committed(self.machine.state.rollouts.get(rollout_id))
-        return found
+        return await self._committed(self.machine.state.rollouts.get(rollout_id))
 
     async def query_rollouts(
         self,
@@ -88,13 +64,11 @@ class Reads:
 
     async def get_attempt(self, rollout_id: str, attempt_id: str) -> Attempt:
         self._check()
-        found: Attempt = await self._committed(self.machine.state.attempt(rollout_id, attempt_id))
-        return found
+        return await self._committed(self.machine.state.attempt(rollout_id, attempt_id))
 
     async def get_latest_attempt(self, rollout_id: str) -> Attempt | None:
         self._check()
-        found: Attempt | None = await self._committed(self.machine.state.latest(rollout_id))
-        return found
+        return await self._committed(self.machine.state.latest(rollout_id))
 
     async def get_attempts(self, rollout_ids: Sequence[str]) -> list[Attempt]:
         """The latest attempt of each rollout; rollouts without one are left out, unknown ones are NotFound."""
@@ -131,8 +105,7 @@ class Reads:
 
     async def get_state(self, key: str) -> bytes | None:
         self._check()
-        value: bytes | None = await self._committed(self.machine.state.values.get(key))
-        return value
+        return await self._committed(self.machine.state.values.get(key))
 
     async def list_state(self, prefix: str) -> list[str]:
         self._check()

@@ -9,6 +9,7 @@ Who calls it: `agl_ray.store.journal.open_journal`. Test alone: tests/unit/test_
 from __future__ import annotations
 
 import fcntl
+import logging
 import os
 import sqlite3
 import threading
@@ -24,6 +25,8 @@ from agl_ray.store.journal import Row, SpanRow
 from agl_ray.store.payload import SCHEMA_PRINT
 from agl_ray.store.state import AttemptKey, BatchEntry, Snapshot, SpanTotals
 from agl_ray.types import Attempt, ResourcesUpdate, Rollout, StoreError, Worker
+
+log = logging.getLogger("agl_ray.store")
 
 SCHEMA_VERSION = "1"
 LOCK_SECONDS = 10.0  # a killed store's successor may start before the kernel has buried it
@@ -163,7 +166,7 @@ class SqliteJournal:
                             *one.key,
                             one.batch_id,
                             one.first,
-                            one.count,
+                            one.number,
                             len(one.payload),
                             one.payload,
                         )
@@ -201,11 +204,10 @@ class SqliteJournal:
     def close(self) -> None:
         """Fold the WAL into the file and give the lock back. Also fit for a journal that failed half-way."""
         try:
-            with self._explained("close"):
-                if self._reader is not None:
-                    self._reader.close()
-                if self._writer is not None:
-                    self._writer.close()  # the last connection folds the WAL in
+            for connection in filter(None, (self._reader, self._writer)):
+                connection.close()  # the last one folds the WAL in
+        except sqlite3.Error as error:  # nothing is lost: the WAL stays beside the file
+            log.warning("store journal %s: cannot fold its WAL in: %s", self.path, explain(error))
         finally:
             self._reader = self._writer = None
             if self._lock_file is not None:

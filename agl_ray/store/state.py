@@ -41,16 +41,16 @@ class SpanTotals(NamedTuple):
     """What is known of an attempt's spans without reading them."""
 
     key: AttemptKey
-    count: int
+    number: int
     last: int  # highest sequence id
     size: int  # payload bytes
 
 
 class BatchEntry(NamedTuple):
-    """Where a batch of spans was put: sequence ids first .. first + count - 1."""
+    """Where a batch of spans was put: sequence ids first .. first + number - 1."""
 
     first: int
-    count: int
+    number: int
 
 
 class Snapshot(NamedTuple):
@@ -238,10 +238,10 @@ class State:
             if attempt.rollout_id not in self.rollouts:
                 raise Conflict(f"attempt {attempt.attempt_id!r} has no rollout in the journal")
             row = totals.get((attempt.rollout_id, attempt.attempt_id))
-            self.put_attempt(replace(attempt, num_spans=row.count if row else 0), durable=False)
+            self.put_attempt(replace(attempt, num_spans=row.number if row else 0), durable=False)
         for row in snapshot.spans:
             self.last_sequence[row.key[0]] = max(self.last_sequence.get(row.key[0], 0), row.last)
-            self.num_spans += row.count
+            self.num_spans += row.number
             self.span_bytes += row.size
         for batch_id, key, entry in snapshot.batches:
             if key in self.open:

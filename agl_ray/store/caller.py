@@ -1,0 +1,98 @@
+"""One command to the store, repeated while the store is away: the base of the client.
+
+What it is: the transport, its deadlines, and the way a client is made (`connect`, `local`) and pickled.
+Who calls it: `agl_ray.store.client.LightningStore` inherits it. Test alone: tests/integration/test_store_actor.py.
+"""
+
+from __future__ import annotations
+
+import asyncio
+import time
+from typing import Any, TypeVar
+
+from agl_ray import waits
+from agl_ray.store.core import StoreCore
+from agl_ray.store.lane import SpanLanes
+from agl_ray.store.transport import ActorTransport, LocalTransport, StoreAway, Transport
+from agl_ray.types import NotFound, WaitTimeout
+
+Client = TypeVar("Client", bound="StoreCaller")
+
+
+class StoreCaller:
+    """answer_seconds: how long one answer may take. away_seconds: how long the store may be away (restarting) before a
+    call gives up with WaitTimeout.
+    """
+
+    def __init__(
+        self, transport: Transport, *, answer_seconds: float = 60.0, away_seconds: float = 60.0
+    ) -> None:
+        self._transport = transport
+        self._answer_seconds = answer_seconds
+        self._away_seconds = away_seconds
+        self._lanes = SpanLanes(self._call)
+
+    def __reduce__(self) -> Any:
+        return (_rebuilt, (type(self), self._transport, self._answer_seconds, self._away_seconds))
+
+    @classmethod
+    def connect(
+        cls: type[Client],
+        name: str = "store",
+        namespace: str | None = None,
+        *,
+        answer_seconds: float = 60.0,
+        away_seconds: float = 60.0,
+    ) -> Client:
+        """The store actor of this name; `namespace` None = the caller's own. NotFound where there is none."""
+        import ray
+
+        try:
+            handle = ray.get_actor(name, namespace=namespace)
+        except ValueError as error:
+            raise NotFound(
+                f"no store actor {name!r} in namespace {namespace!r}; has the run started, and is this its cluster?"
+            ) from error
+        namespace = namespace or ray.get_runtime_context().namespace
+        transport = ActorTransport(handle, name, namespace)
+        return cls(transport, answer_seconds=answer_seconds, away_seconds=away_seconds)
+
+    @classmethod
+    def local(cls: type[Client], core: StoreCore) -> Client:
+        """Over a core of this process (`await StoreCore.open("memory://")`): tests, tools, debugging."""
+        return cls(LocalTransport(core))
+
+    async def _call(
+        self,
+        command: str,
+        *arguments: Any,
+        blocking: float = 0.0,
+        repeat: tuple[Any, ...] | None = None,
+    ) -> Any:
+        """One command, repeated while the store is away. `blocking`: seconds that the store may wait by itself.
+        `repeat`: arguments of a repetition where they differ."""
+        give_up: float | None = None
+        pause = 0.05
+        while True:
+            try:
+                seconds = self._answer_seconds + blocking
+                return await self._transport.call(command, *arguments, seconds=seconds)
+            except StoreAway as error:
+                now = time.monotonic()
+                give_up = now + self._away_seconds if give_up is None else give_up
+                if now >= give_up:
+                    on = f"the store to come back after a restart (to answer {command})"
+                    raise WaitTimeout(on, self._away_seconds, str(error)) from error
+            await waits.wait(
+                asyncio.sleep(pause),
+                on="the store to come back after a restart",
+                seconds=pause + 60,
+            )
+            pause = min(2 * pause, 1.0)
+            arguments = arguments if repeat is None else repeat
+
+
+def _rebuilt(
+    kind: type[Client], transport: Transport, answer_seconds: float, away_seconds: float
+) -> Client:
+    return kind(transport, answer_seconds=answer_seconds, away_seconds=away_seconds)
