@@ -32,7 +32,7 @@ from actors.rollout_groups import GroupRollouts
 from actors.runner_pool import RunnerPool
 from agl_ray.agents import LitAgent
 from agl_ray.config import RunConfig
-from agl_ray.ops.events import Done, Event, Notice, Phase, Progress, StepDone, Validation
+from agl_ray.ops.events import Event, Notice, Phase, Progress, StepDone, Validation
 from agl_ray.ops.ledger import Evaluation, Ledger
 from agl_ray.ops.metrics import MetricsWriter
 from agl_ray.ops.summary import confidence_interval
@@ -142,7 +142,9 @@ class Controller:
         for done in range(loaded, step):
             body = await self.store.get_state(f"step/{done + 1}")
             if body is None:
-                raise RunError(f"step {done + 1} is not in the store's journal: cannot make its weights again")
+                raise RunError(
+                    f"step {done + 1} is not in the store's journal: cannot make its weights again"
+                )
             await self.learners.train(from_json(body, TrainBatch), self.store)
         await wait(
             self.sync.set_learner.remote(self.learners.rank0),
@@ -171,7 +173,9 @@ class Controller:
         return await self._body
 
     async def _run(self, endpoint: str) -> dict[str, Any]:
-        resources = await self.store.add_resources({"main_llm": LLM(endpoint=endpoint, model=MODEL_NAME)})
+        resources = await self.store.add_resources(
+            {"main_llm": LLM(endpoint=endpoint, model=MODEL_NAME)}
+        )
         groups = GroupRollouts(
             self.config,
             self.store,
@@ -222,9 +226,7 @@ class Controller:
             self.ledger.after = await self._evaluate(groups, self.ledger.step)
             await self._commit(groups)
         await self._phase("export", self.learners.export(self.folder / "export"))
-        facts = await self._facts()
-        await self._tell(Done(summary=facts))
-        return facts
+        return await self._facts()
 
     async def _feed(self, queue: WindowedQueue[GroupPlan], groups: GroupRollouts) -> None:
         """Hand every free slot a group; ends when the run has no more slots."""
@@ -237,7 +239,9 @@ class Controller:
             def progress(count: int) -> None:
                 done[step] = done.get(step, 0) + count
                 total = queue.groups_per_batch * size
-                self._tell_soon(Progress(name=f"rollouts of step {step}", done=done[step], total=total))
+                self._tell_soon(
+                    Progress(name=f"rollouts of step {step}", done=done[step], total=total)
+                )
 
             await queue.finish(slot, await groups.group(step, progress))
 
@@ -300,7 +304,9 @@ class Controller:
                 raise RunError(
                     f"the learner was lost {self.ledger.learner_restarts} times in this run; the last time: {error}"
                 )
-            await self._tell(Notice(text=f"{error}; the learner starts again from its last checkpoint"))
+            await self._tell(
+                Notice(text=f"{error}; the learner starts again from its last checkpoint")
+            )
             try:
                 await self._restore_learners(step)
                 return
@@ -319,12 +325,10 @@ class Controller:
             self._tell_soon(Progress(name="validation", done=done, total=len(rows)))
 
         result: Evaluation = await self._phase("validation", groups.evaluate(rows, step, progress))
-        if not result.rewards:
-            raise RunError(f"validation at step {step}: no rollout succeeded (end reasons: {result.failures})")
-        mean, interval = confidence_interval(result.rewards)
-        await self._tell(
-            Validation(step=step, accuracy=mean, ci95=interval, n=len(result.rewards))
-        )
+        if not result.scores:
+            raise RunError(f"validation at step {step}: no rollout ended ok ({result.failures})")
+        mean, interval = confidence_interval(result.scores)
+        await self._tell(Validation(step=step, accuracy=mean, ci95=interval, n=len(result.scores)))
         return result
 
     async def _commit(self, groups: GroupRollouts) -> None:
@@ -359,7 +363,7 @@ class Controller:
         for name in ("rollout", "update", "sync", "validation", "checkpoint"):
             row[f"seconds_{name}"] = self.ledger.seconds.get(name, 0.0) - before.get(name, 0.0)
         if validation is not None:
-            row["validation"] = sum(validation.rewards) / len(validation.rewards)
+            row["validation"] = sum(validation.scores) / len(validation.scores)
         self.metrics.write(row)
         await self._tell(StepDone(step=batch.step, steps=self.config.train.steps, metrics=row))
 
@@ -371,14 +375,12 @@ class Controller:
         return {reason: count for reason, count in new.items() if count}
 
     async def _facts(self) -> dict[str, Any]:
-        """What the summary needs beyond the ledger: counts from the store, example conversations."""
+        """What the summary is made of: the ledger, and the store's counts."""
         statistics = await self.store.statistics()
-        if self.ledger.before is None or self.ledger.after is None:
-            raise RunError("the run ended without its two validations")
         return {
             "ledger": self.ledger,
             "end_reasons": statistics["end_reasons"],
-            "store": statistics,
+            "store_restarts": statistics["restarts"],
         }
 
     # Ending ---------------------------------------------------------------------------------------

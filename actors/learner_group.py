@@ -16,7 +16,7 @@ from ray.actor import ActorHandle
 from ray.util.placement_group import placement_group, remove_placement_group
 from ray.util.scheduling_strategies import PlacementGroupSchedulingStrategy
 
-from actors.learner import LearnerRank
+from actors.learner import LearnerRank, PeerLost
 from agl_ray.config import RunConfig
 from agl_ray.store import LightningStore
 from agl_ray.trajectory.batch import TrainBatch
@@ -37,7 +37,9 @@ class LearnerGroup:
     model_path: folder of the base model (version 0). namespace: where the rank actors are named `learner-<rank>`.
     """
 
-    def __init__(self, config: RunConfig, model_path: str, namespace: str, run_folder: Path) -> None:
+    def __init__(
+        self, config: RunConfig, model_path: str, namespace: str, run_folder: Path
+    ) -> None:
         self.config, self.model_path, self.namespace = config, model_path, namespace
         self.checkpoints = run_folder / "checkpoints"
         self.ranks: list[ActorHandle] = []
@@ -108,9 +110,7 @@ class LearnerGroup:
         limit = self.config.learner.step_timeout_seconds
         on = f"rows of step {batch.step}"
         shares = await self._one(self.rank0.prepare.remote(store, batch), on, limit)
-        refs = [
-            rank.train.remote(share) for rank, share in zip(self.ranks, shares, strict=True)
-        ]
+        refs = [rank.train.remote(share) for rank, share in zip(self.ranks, shares, strict=True)]
         metrics = await self._gather(refs, f"update of step {batch.step}", limit)
         return dict(metrics[0])
 
@@ -141,7 +141,7 @@ class LearnerGroup:
         """All results, or LearnerLost as soon as one rank is dead (the others would wait for it in a collective)."""
         try:
             return list(await wait(asyncio.gather(*refs), on=on, seconds=seconds))
-        except ray.exceptions.RayActorError as error:
+        except (ray.exceptions.RayActorError, PeerLost) as error:
             raise LearnerLost(f"a learner rank died during: {on}") from error
 
     def kill(self) -> None:

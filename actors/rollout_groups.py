@@ -12,7 +12,7 @@ from collections.abc import Callable
 from typing import Any
 
 from agl_ray.config import RunConfig
-from agl_ray.ops.ledger import Evaluation
+from agl_ray.ops.ledger import Evaluation, RowResult
 from agl_ray.schedule import RowOrder
 from agl_ray.store import LightningStore
 from agl_ray.trajectory.batch import GroupPlan, Member
@@ -165,29 +165,28 @@ class GroupRollouts:
         size = max(1, self.config.rollout.group_size * 4)
         chunks = [rows[i : i + size] for i in range(0, len(rows), size)]
 
-        async def run_chunk(start: int, chunk: list[Any]) -> list[Attempt | None]:
+        async def run_chunk(start: int, chunk: list[Any]) -> list[RowResult]:
             requests = [
                 self._request(row, "val", {"step": step, "row": start * size + i})
                 for i, row in enumerate(chunk)
             ]
             ended = await self._run(requests)
             progress(len(chunk))
-            return [attempt for _, attempt in ended]
+            return [_result(rollout, attempt) for rollout, attempt in ended]
 
         nested = await asyncio.gather(*(run_chunk(i, chunk) for i, chunk in enumerate(chunks)))
-        attempts = [attempt for chunk in nested for attempt in chunk]
-        good = [a for a in attempts if a is not None and _usable(a)]
-        failures = Counter(
-            str(a.end_reason) if a is not None else "not_started"
-            for a in attempts
-            if a is None or not _usable(a)
-        )
-        return Evaluation(
-            step=step,
-            rewards=[float(a.reward or 0.0) for a in good],
-            failures=dict(failures),
-            attempts=[(a.rollout_id, a.attempt_id) for a in good],
-        )
+        results = [result for chunk in nested for result in chunk]
+        return Evaluation(step=step, results=results)
+
+
+def _result(rollout: Rollout, attempt: Attempt | None) -> RowResult:
+    usable = attempt is not None and _usable(attempt)
+    return RowResult(
+        rollout_id=rollout.rollout_id,
+        attempt_id=attempt.attempt_id if attempt else None,
+        reward=attempt.reward if attempt and usable else None,
+        end_reason=str(attempt.end_reason) if attempt else "not_started",
+    )
 
 
 def _usable(attempt: Attempt) -> bool:

@@ -6,6 +6,7 @@ learner, Serve and, when it is ours, the local Ray, within the ten seconds that 
 
 from __future__ import annotations
 
+import asyncio
 import contextlib
 import shutil
 import signal
@@ -28,15 +29,19 @@ from actors.ray_cluster import joined
 from actors.store import create_store
 from actors.weight_sync import create_weight_sync
 from agl_ray.config import RunConfig
+from agl_ray.gateway.conversation import conversation
+from agl_ray.ops.curves import draw_curves
 from agl_ray.ops.display import Display
-from agl_ray.ops.events import Progress
-from agl_ray.ops.report import finish_run
+from agl_ray.ops.events import Done, Progress
+from agl_ray.ops.ledger import Ledger, RowResult
+from agl_ray.ops.summary import write_summary
 from agl_ray.store import LightningStore
 from agl_ray.types import RunError, WaitTimeout
 from agl_ray.waits import get
 
 APPLICATION = "agl_ray"
 STOP = 3.0  # seconds the controller gets to end runners and learner
+EXAMPLES = 3
 START = 120.0  # seconds for a plain actor to start
 
 
@@ -71,7 +76,9 @@ class RunSession:
 
     def start_services(self) -> None:
         """Ray, the store, weight sync."""
-        self._stack.enter_context(joined(self.config, self.namespace, serve_environment(self.config)))
+        self._stack.enter_context(
+            joined(self.config, self.namespace, serve_environment(self.config))
+        )
         url = self.config.store.url or f"sqlite:///{self.folder / 'store.db'}"
         self._store = create_store(
             "store", self.namespace, url, cache_mib=self.config.store.cache_mib
@@ -165,8 +172,55 @@ class RunSession:
     def finish(
         self, facts: dict[str, Any], seconds: dict[str, float], total: float
     ) -> dict[str, Any]:
-        """Write summary and curves, show the end; the summary."""
-        return finish_run(self.config, self.folder, self.store, self.display, facts, seconds, total)
+        """Write summary.json and curves.png and show the end; the summary."""
+        ledger: Ledger = facts["ledger"]
+        summary = write_summary(
+            self.folder,
+            before=ledger.before.scores if ledger.before else None,
+            after=ledger.after.scores if ledger.after else None,
+            attempts=facts["end_reasons"],
+            seconds={**ledger.seconds, **seconds},
+            total_seconds=total,
+            updates=ledger.step,
+            weight_versions=ledger.weight_versions,
+            max_logprob_diff=ledger.max_logprob_diff,
+            retokenized_tokens=ledger.retokenized_tokens,
+            seed=self.config.seed,
+            events=ledger.notices,
+            examples=asyncio.run(self._examples(ledger)),
+            name=self.config.name,
+            run_folder=str(self.folder),
+            restarts={
+                "runner": ledger.runner_restarts,
+                "learner": ledger.learner_restarts,
+                "engine": ledger.engine_restarts,
+                "store": facts["store_restarts"],
+            },
+            dropped_groups=ledger.dropped_groups,
+        )
+        draw_curves(self.folder, summary["validation"])
+        self.display.show(Done(summary=summary))
+        return summary
+
+    async def _examples(self, ledger: Ledger) -> list[dict[str, Any]]:
+        """The first held-out rows that failed before training (or simply the first), before and after."""
+        if ledger.before is None or ledger.after is None:
+            return []
+        rows = [
+            (then, now)
+            for then, now in zip(ledger.before.results, ledger.after.results, strict=True)
+            if then.reward is not None and now.reward is not None
+        ]
+        low = [row for row in rows if row[0].reward == 0] or rows
+        examples = []
+        for pair in low[:EXAMPLES]:
+            sides = [await self._side(result) for result in pair]
+            examples.append({"before": sides[0], "after": sides[1]})
+        return examples
+
+    async def _side(self, result: RowResult) -> dict[str, Any]:
+        spans = await self.store.query_spans(result.rollout_id, result.attempt_id)
+        return {"messages": conversation(spans), "reward": result.reward}
 
 
 def _reason(status: Any) -> str:

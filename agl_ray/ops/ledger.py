@@ -5,6 +5,7 @@ Written by the controller after each step; read by the summary. `types.to_json(l
 
 from __future__ import annotations
 
+from collections import Counter
 from typing import Any
 
 import msgspec
@@ -12,16 +13,30 @@ import msgspec
 from agl_ray.types import Record
 
 
-class Evaluation(Record, frozen=True):
-    """Rewards of the `ok` attempts of a validation, in row order; `failures` counts the others by end reason.
+class RowResult(Record, frozen=True):
+    """How one row of a validation ended: its reward, or the end reason of the attempt that has none."""
 
-    `attempts` are the (rollout_id, attempt_id) of the same attempts, for reading their conversations.
-    """
+    rollout_id: str
+    attempt_id: str | None
+    reward: float | None
+    end_reason: str
+
+
+class Evaluation(Record, frozen=True):
+    """The results of a validation after `step` steps, in row order. A failure is no zero: it has no reward at all."""
 
     step: int
-    rewards: list[float]
-    failures: dict[str, int]
-    attempts: list[tuple[str, str]]
+    results: list[RowResult]
+
+    @property
+    def scores(self) -> list[float]:
+        """Rewards of the `ok` attempts."""
+        return [result.reward for result in self.results if result.reward is not None]
+
+    @property
+    def failures(self) -> dict[str, int]:
+        """Counts of the other rows by end reason."""
+        return dict(Counter(r.end_reason for r in self.results if r.reward is None))
 
 
 class Ledger(msgspec.Struct, kw_only=True):

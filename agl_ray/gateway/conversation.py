@@ -1,0 +1,33 @@
+"""An attempt's conversation, read back from its call spans, for people to look at.
+
+Calls carry only the messages that are new (`messages_from`, see record.py); here they are put together again. Called by the
+session for the examples of the summary. Test alone: tests/unit/test_gateway_conversation.py.
+"""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Iterable, Mapping
+from typing import Any
+
+from agl_ray.spans import KIND_CALL
+
+
+def conversation(spans: Iterable[Mapping[str, Any]]) -> list[dict[str, Any]]:
+    """The messages of an attempt's last conversation, the model's last answer included.
+
+    spans: rows of the attempt in order of `sequence_id`, as `LightningStore.query_spans` gives them; spans that are no calls
+    are passed over. An agent that opened several conversations shows the one it ended with.
+    """
+    messages: list[dict[str, Any]] = []
+    for span in spans:
+        if span["kind"] != KIND_CALL:
+            continue
+        attributes = {key: _value(value) for key, value in dict(span["attributes"]).items()}
+        request, response = attributes["request"], attributes["response"]
+        messages = [*messages[: request["messages_from"]], *request["messages"], response]
+    return messages
+
+
+def _value(value: Any) -> Any:
+    return json.loads(value) if isinstance(value, str | bytes) else value
