@@ -1,0 +1,119 @@
+"""`agl-ray check`: is the machine fit, and is what the configuration names there? Nothing is started or changed."""
+
+from __future__ import annotations
+
+import textwrap
+from collections.abc import Callable, Iterator
+from pathlib import Path
+from typing import TYPE_CHECKING, Annotated, Any
+
+import typer
+
+from agl_ray.types import InputError
+
+if TYPE_CHECKING:
+    from agl_ray.config import RunConfig
+    from agl_ray.ops.check import Finding
+
+Config = Annotated[
+    str | None, typer.Argument(metavar="[CONFIG]", help="YAML file of a run; checked too.")
+]
+Overrides = Annotated[
+    list[str] | None, typer.Argument(metavar="[a.b=c ...]", help="Changes to its keys.")
+]
+
+
+def check(config: Config = None, overrides: Overrides = None) -> None:
+    """Check this machine, and everything that CONFIG names; say what is wrong and how to mend it.
+
+    \b
+    Examples:
+      agl-ray check
+      agl-ray check configs/quickstart.yaml
+
+    Exit code 2 when something must be mended.
+    """
+    from agl_ray.config import load_config
+    from agl_ray.ops.check import machine_findings
+
+    loaded = load_config(config, overrides or []) if config else None
+    findings = []
+    for finding in machine_findings(loaded):
+        findings.append(finding)
+        show(finding)
+    if config and loaded:
+        for finding in config_findings(loaded, Path(config).resolve().parent):
+            findings.append(finding)
+            show(finding)
+    problems = sum(finding.state == "problem" for finding in findings)
+    if problems:
+        print(f"\n{problems} to mend: see 'mend:' above.")
+        raise typer.Exit(2)
+    print("\nAll well." if loaded else "\nAll well. Give a CONFIG to check what it names too.")
+
+
+def show(finding: Finding) -> None:
+    """One finding in a line, and the remedy under it."""
+    print(f"{finding.state:<8} {finding.name:<20} {finding.text}", flush=True)
+    if finding.state != "ok" and finding.mend:
+        for line in textwrap.wrap(finding.mend, 100, break_long_words=False):
+            print(f"{'':<8} {'':<20} mend: {line}", flush=True)
+
+
+def config_findings(config: RunConfig, base: Path) -> Iterator[Finding]:
+    """What the configuration names: cluster, model, data, agent. Each failure is that part's own paragraph."""
+    yield attempt("cluster", lambda: _cluster(config))
+    yield attempt("model", lambda: _model(config, base))
+    for key, source in (("data.train", config.data.train), ("data.val", config.data.val)):
+        yield attempt(key, lambda source=source: _rows(config, source, base))  # type: ignore[misc]
+    yield attempt("agent", lambda: _agent(config, base))
+
+
+def attempt(name: str, work: Callable[[], str]) -> Finding:
+    """ok with what `work` returns, or the InputError it raises as a problem."""
+    from agl_ray.ops.check import Finding
+
+    try:
+        return Finding(name, "ok", work())
+    except InputError as error:
+        return Finding(name, "problem", str(error))
+
+
+def _cluster(config: RunConfig) -> str:
+    from actors.ray_cluster import check_reachable, cluster_address
+
+    address = cluster_address(config)
+    if address is None:
+        return "a local Ray"
+    check_reachable(address)
+    return f"{address} answers"
+
+
+def _model(config: RunConfig, base: Path) -> str:
+    from agl_ray.config.imports import load_object
+    from agl_ray.config.model_folder import check_model_folder
+    from agl_ray.config.paths import find
+
+    if config.model.path is None:
+        load_object(str(config.model.make), base)
+        return f"made by {config.model.make}"
+    path = find(config.model.path, base) or Path(config.model.path)
+    check_model_folder(path)
+    return str(path)
+
+
+def _rows(config: RunConfig, source: str, base: Path) -> str:
+    from agl_ray.config import load_rows
+
+    rows: list[Any] = load_rows(source, config.seed, config.data.fields, base)
+    return f"{len(rows)} rows from {source}"
+
+
+def _agent(config: RunConfig, base: Path) -> str:
+    from agl_ray.agents import as_agent
+    from agl_ray.config import load_object
+
+    if config.agent is None:
+        return "none named: it is given in Python, Trainer.fit(agent)"
+    as_agent(load_object(config.agent, base), what=f"agent {config.agent!r}")
+    return config.agent

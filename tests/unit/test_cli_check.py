@@ -1,0 +1,69 @@
+"""`agl-ray check CONFIG`: what the configuration names is looked at, and a problem is exit code 2."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+import pytest
+
+from agl_ray.cli import main
+
+CONFIG = """\
+agent: agent.py:calculator
+model: {path: model}
+data: {train: rows.jsonl, val: rows.jsonl, fields: [question]}
+"""
+
+
+@pytest.fixture
+def folder(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
+    (tmp_path / "small.yaml").write_text(CONFIG)
+    (tmp_path / "rows.jsonl").write_text('{"question": "1+1"}\n')
+    (tmp_path / "agent.py").write_text(
+        "import agl_ray as agl\n\n@agl.rollout\ndef calculator(task, llm):\n    return 1.0\n"
+    )
+    (tmp_path / "model").mkdir()
+    for name in ("config.json", "tokenizer.json", "model.safetensors"):
+        (tmp_path / "model" / name).write_text("{}")
+    monkeypatch.chdir(tmp_path)
+    monkeypatch.delenv("RAY_ADDRESS", raising=False)
+    # What the machine lacks is another test's matter.
+    monkeypatch.setattr("agl_ray.ops.check.machine_findings", lambda config: iter(()))
+    return tmp_path
+
+
+def test_all_well(folder: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    assert main(["check", "small.yaml"]) == 0
+    text = capsys.readouterr().out
+    assert "1 rows from rows.jsonl" in text
+    assert "a local Ray" in text
+    assert "All well." in text
+
+
+@pytest.mark.parametrize(
+    ("overrides", "parts"),
+    [
+        (["agent=agent.py:calculater"], ["agent", "did you mean 'calculator'"]),
+        (["data.train=row.jsonl"], ["data.train", "did you mean 'rows.jsonl'"]),
+        (["data.fields=[answer]"], ["line 1 has no field 'answer'"]),
+        (["model.path=none"], ["model", "there is no folder"]),
+        (["cluster.address=127.0.0.1:1"], ["cluster", "no Ray answers at 127.0.0.1:1"]),
+        (["model={make: 'agent.py:make'}"], ["model", "has no 'make'"]),
+    ],
+)
+def test_what_must_be_mended(
+    folder: Path, capsys: pytest.CaptureFixture[str], overrides: list[str], parts: list[str]
+) -> None:
+    assert main(["check", "small.yaml", *overrides]) == 2
+    captured = capsys.readouterr()
+    problems = [line for line in captured.out.splitlines() if line.startswith("problem")]
+    for part in parts:
+        assert any(part in line for line in problems), captured.out
+    assert "to mend" in captured.out
+    assert captured.err == ""
+
+
+def test_a_model_folder_without_tokenizer(folder: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    (folder / "model" / "tokenizer.json").unlink()
+    assert main(["check", "small.yaml"]) == 2
+    assert "no tokenizer" in capsys.readouterr().out
