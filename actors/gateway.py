@@ -1,0 +1,223 @@
+"""Gateway: the front door for agents, one Ray Serve ingress deployment in front of the engines.
+
+Called by: the driver's session (`serve_environment`, `start_serve`, `gateway_deployment`) and, over HTTP, every agent. Thin: the request's
+life is `agl_ray/gateway/door.py`, HTTP is `agl_ray/gateway/http.py`; here they get a store, an engine handle and a tokenizer.
+Test alone: `pytest tests/integration/test_gateway_serve.py` (a real Serve with a scripted engine).
+
+Serve's front proxy is HAProxy by default (`gateway.proxy`). It needs the environment of `serve_environment` in the driver before
+`ray.init` (so that a local Ray hands it to every process) or in `runtime_env` (a cluster joined). Everything it would share with
+another cluster on the same machine is made private there: its two extra ports, its socket and state files, the replicas' ports.
+"""
+
+from __future__ import annotations
+
+import asyncio
+import atexit
+import contextlib
+import os
+import random
+import shutil
+import socket
+import tempfile
+from collections.abc import AsyncIterator
+from pathlib import Path
+from typing import Any
+
+from agl_ray.config.models import RunConfig
+from agl_ray.gateway.door import Door, DoorSettings, EngineLost
+from agl_ray.gateway.engine_api import GenerateChunk, GenerateRequest, GenerateResult
+from agl_ray.gateway.http import GatewayApp
+from agl_ray.gateway.render import Renderer
+from agl_ray.store.client import LightningStore
+from agl_ray.types import EngineError, InputError
+
+DRAIN_SECONDS = 1.0  # a stopping replica lets calls end for so long; more would show at Ctrl-C
+REPLICA_PORTS = 200  # width of the port range in which gateway replicas listen
+
+
+class HandleEngine:
+    """The engine deployment behind its Serve handle, as the door's `EngineClient`."""
+
+    def __init__(self, handle: Any) -> None:
+        self._whole = handle.generate
+        self._stream = handle.options(stream=True).generate_stream
+
+    async def generate(self, request: GenerateRequest) -> GenerateResult:
+        response = self._whole.remote(request)
+        with _engine_errors():
+            try:
+                result: GenerateResult = await response
+            except asyncio.CancelledError:
+                response.cancel()
+                raise
+        return result
+
+    async def generate_stream(self, request: GenerateRequest) -> AsyncIterator[GenerateChunk]:
+        response = self._stream.remote(request)
+        finished = False
+        try:
+            with _engine_errors():
+                async for chunk in response:
+                    finished = chunk.finish_reason is not None
+                    yield chunk
+        finally:
+            if not finished:
+                response.cancel()
+
+
+@contextlib.contextmanager
+def _engine_errors() -> Any:
+    """Ray's and Serve's exceptions as ours: a dead replica is `EngineLost`, anything else that the engine raised EngineError."""
+    from grpc.aio import AioRpcError
+    from ray.exceptions import RayActorError, RayTaskError, TaskCancelledError
+    from ray.serve.exceptions import RayServeException, RequestCancelledError
+
+    try:
+        yield
+    except (EngineError, InputError):
+        raise
+    except (TaskCancelledError, RequestCancelledError) as error:
+        raise EngineLost(f"the engine cancelled the call: {error}") from error
+    except (RayActorError, RayServeException, AioRpcError) as error:
+        raise EngineLost(f"the engine replica is gone: {error}") from error
+    except RayTaskError as error:
+        raise EngineError(f"the engine failed: {error.cause!r}") from error
+
+
+class Gateway:
+    """One gateway process. Made by Serve; ready when tokenizer and tool parser are loaded and the store is connected."""
+
+    def __init__(self, config: RunConfig, model_path: str, namespace: str, engine: Any) -> None:
+        renderer = Renderer(model_path, config.engine.tool_parser)
+        settings = DoorSettings(
+            max_model_len=config.engine.max_model_len,
+            call_timeout_seconds=config.gateway.call_timeout_seconds,
+        )
+        store = LightningStore.connect(namespace=namespace)
+        self._app = GatewayApp(Door(store, HandleEngine(engine), renderer, settings), renderer)
+
+    def __serve_build_asgi_app__(self) -> GatewayApp:
+        return self._app
+
+
+def gateway_deployment(
+    config: RunConfig, model_path: str | Path, namespace: str, engine_app: Any
+) -> Any:
+    """The bound Serve application of the gateway, for `serve.run(..., route_prefix="/")`.
+
+    `model_path`: the run's base model folder (its tokenizer is used), readable on every node. `namespace`: where the `store` actor
+    lives. `engine_app`: the bound engine deployment (`actors.engine.engine_deployment`).
+    """
+    from ray import serve
+
+    deployment = serve.deployment(
+        serve.ingress()(Gateway),
+        name="Gateway",
+        num_replicas=1,
+        max_ongoing_requests=100_000,  # calls wait at the engine, not here
+        health_check_period_s=2.0,
+        graceful_shutdown_timeout_s=DRAIN_SECONDS + 1.0,
+        graceful_shutdown_wait_loop_s=0.2,
+        logging_config={"enable_access_log": False},
+        ray_actor_options={
+            "num_cpus": 0.1,
+            "runtime_env": {
+                "env_vars": {
+                    "OMP_NUM_THREADS": "1",
+                    "HF_HUB_OFFLINE": "1",
+                    # Calls to the engine by gRPC and without two more threads on the way: twice the calls per second.
+                    "RAY_SERVE_USE_GRPC_BY_DEFAULT": "1",
+                    "RAY_SERVE_RUN_ROUTER_IN_SEPARATE_LOOP": "0",
+                    "RAY_SERVE_RUN_USER_CODE_IN_SEPARATE_THREAD": "0",
+                    "TOKENIZERS_PARALLELISM": "false",
+                    "CUDA_VISIBLE_DEVICES": "",
+                    "VLLM_LOGGING_LEVEL": os.environ.get("VLLM_LOGGING_LEVEL", "WARNING"),
+                }
+            },
+        },
+    )
+    return deployment.bind(config, str(model_path), namespace, engine_app)
+
+
+def serve_environment(config: RunConfig) -> dict[str, str]:
+    """Environment variables that Serve's processes need; set them before `ray.init` starts (or joins) the cluster.
+
+    For `gateway.proxy: serve` that is an empty dictionary. For `haproxy`: free ports for its metrics and statistics pages (9101 and
+    8404 would clash with another cluster's), private files, a free range of replica ports, and a short drain.
+    """
+    if config.gateway.proxy == "serve":
+        return {}
+    metrics, stats = _free_ports("127.0.0.1", 2)
+    folder = _short_folder(f"agl{os.getpid()}-{metrics}")
+    first = _free_range(REPLICA_PORTS)
+    return {
+        "RAY_SERVE_ENABLE_HA_PROXY": "1",
+        "RAY_SERVE_HAPROXY_METRICS_PORT": str(metrics),
+        "RAY_SERVE_HAPROXY_STATS_PORT": str(stats),
+        "RAY_SERVE_HAPROXY_CONFIG_FILE_LOC": str(folder / "cfg"),
+        "RAY_SERVE_HAPROXY_SOCKET_PATH": str(folder / "a"),
+        "RAY_SERVE_HAPROXY_METRICS_SOCKET_PATH": str(folder / "m"),
+        "RAY_SERVE_HAPROXY_SERVER_STATE_BASE": str(folder),
+        "RAY_SERVE_HAPROXY_SERVER_STATE_FILE": str(folder / "state"),
+        "RAY_SERVE_HAPROXY_NBTHREAD": "1",
+        "RAY_SERVE_DIRECT_INGRESS_MIN_HTTP_PORT": str(first),
+        "RAY_SERVE_DIRECT_INGRESS_MAX_HTTP_PORT": str(first + REPLICA_PORTS),
+        "RAY_SERVE_DIRECT_INGRESS_MIN_DRAINING_PERIOD_S": str(DRAIN_SECONDS),
+        "RAY_SERVE_HAPROXY_HARD_STOP_AFTER_S": "10",
+    }
+
+
+def start_serve(config: RunConfig) -> tuple[str, int]:
+    """Start Serve with its HTTP door at `gateway.host` and `gateway.port` (0: a free one) and return (host, port).
+
+    Ray must be initialised. InputError when the port is taken or the address is not of this machine.
+    """
+    from ray import serve
+
+    host, port = config.gateway.host, config.gateway.port
+    if port == 0:
+        port = _free_ports(host, 1)[0]
+    else:
+        _check_free(host, port)
+    if folder := os.environ.get("RAY_SERVE_HAPROXY_SERVER_STATE_BASE"):
+        atexit.register(shutil.rmtree, folder, ignore_errors=True)
+    serve.start(http_options={"host": host, "port": port, "request_timeout_s": None})
+    return host, port
+
+
+def _short_folder(name: str) -> Path:
+    """A private folder whose sockets' paths fit: HAProxy allows 97 bytes, and Serve puts a node id of 56 and a name below it."""
+    folder = Path(tempfile.gettempdir()) / name
+    return folder if len(os.fsencode(folder)) <= 36 else Path("/tmp") / name
+
+
+def _check_free(host: str, port: int) -> None:
+    with socket.socket(socket.AF_INET6 if ":" in host else socket.AF_INET) as probe:
+        probe.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)
+        try:
+            probe.bind((host, port))
+        except OSError as error:
+            raise InputError(
+                f"gateway.port: cannot listen at {host}:{port} ({error.strerror}); "
+                "choose another port, or 0 for a free one"
+            ) from error
+
+
+def _free_ports(host: str, count: int) -> list[int]:
+    """Ports that are free at this moment, all different."""
+    with contextlib.ExitStack() as stack:
+        probes = [stack.enter_context(socket.socket()) for _ in range(count)]
+        for probe in probes:
+            try:
+                probe.bind((host, 0))
+            except OSError as error:
+                raise InputError(
+                    f"gateway.host: cannot listen at {host} ({error.strerror}); expected an address of this machine"
+                ) from error
+        return [probe.getsockname()[1] for probe in probes]
+
+
+def _free_range(width: int) -> int:
+    """The first of `width` ports below the system's ephemeral range, so that nothing else picks them by chance; a different place
+    for every run. Serve itself tries the next port where one is taken."""
+    return random.SystemRandom().randrange(12_000, 30_000 - width)

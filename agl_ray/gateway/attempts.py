@@ -1,0 +1,252 @@
+"""The attempts that calls are being answered for: who they are, what they may use, what they have said.
+
+Called by: the door. An attempt is resolved once, when it is first heard of: its rollout, that it is the live attempt, its LLM
+resource, and what it has already said (the store's spans: another gateway process may have died). Attempts idle for
+`idle_seconds` are forgotten; should one speak again it is resolved anew. The store is asked every `CHECK_SECONDS` whether an attempt
+is still the live one; the calls of one that is not are refused. The store is any object with the async methods of `StoreClient`. Test alone:
+`pytest tests/unit/test_gateway_door.py`.
+"""
+
+from __future__ import annotations
+
+import asyncio
+import time
+from collections.abc import Callable
+from dataclasses import dataclass, field
+from typing import Any, Protocol
+
+from agl_ray.gateway.canonical import Refusal
+from agl_ray.gateway.record import counters, rebuild
+from agl_ray.gateway.session import Session
+from agl_ray.types import LLM, Attempt, Conflict, NotFound, ResourcesUpdate, Rollout, WaitTimeout
+from agl_ray.waits import wait
+
+
+CHECK_SECONDS = 2.0  # an attempt that has ended may make calls for so long
+
+
+class StoreClient(Protocol):
+    """The few methods of LightningStore that the gateway needs."""
+
+    async def get_rollout_by_id(self, rollout_id: str) -> Rollout | None: ...
+
+    async def get_latest_attempt(self, rollout_id: str) -> Attempt | None: ...
+
+    async def get_resources_by_id(self, resources_id: str) -> ResourcesUpdate | None: ...
+
+    async def get_latest_resources(self) -> ResourcesUpdate | None: ...
+
+    async def add_spans(
+        self, rollout_id: str, attempt_id: str, batch: Any, batch_id: str | None = None
+    ) -> Any: ...
+
+    async def query_spans(
+        self, rollout_id: str, attempt_id: str | None = None
+    ) -> list[dict[str, Any]]: ...
+
+
+@dataclass(frozen=True)
+class CallPath:
+    """Whose call it is."""
+
+    rollout_id: str
+    attempt_id: str
+    role: str | None = None
+
+    def __str__(self) -> str:
+        role = f" role {self.role}" if self.role else ""
+        return f"rollout {self.rollout_id} attempt {self.attempt_id}{role}"
+
+
+@dataclass
+class Live:
+    """An attempt that calls are being answered for: its resource, one token session per role, counters."""
+
+    rollout: Rollout
+    llm: LLM
+    counts: dict[str, int]  # keys of record.counters
+    sessions: dict[str | None, Session] = field(default_factory=dict)
+    ended: str | None = (
+        None  # the refusal to give, once the store has said that the attempt is over
+    )
+    last_error: str | None = None
+    disconnects: int = 0
+    open_calls: int = 0
+    used: float = 0.0
+    checked: float = 0.0  # when the store last said that the attempt is live
+
+
+class Attempts:
+    """See the module's text. `now` is the clock of idle attempts (seconds), for tests."""
+
+    def __init__(
+        self,
+        store: StoreClient,
+        store_timeout_seconds: float,
+        idle_seconds: float,
+        now: Callable[[], float] = time.monotonic,
+    ) -> None:
+        self._store, self._timeout, self._idle, self._now = (
+            store,
+            store_timeout_seconds,
+            idle_seconds,
+            now,
+        )
+        self._live: dict[tuple[str, str], Live] = {}
+        self._resolving: dict[tuple[str, str], asyncio.Lock] = {}
+        self._swept = now()
+
+    def __len__(self) -> int:
+        return len(self._live)
+
+    async def open(self, path: CallPath) -> Live:
+        """The live attempt of a path, resolved at its first call, with this call counted as open."""
+        key = (path.rollout_id, path.attempt_id)
+        self._sweep()
+        if key not in self._live:
+            lock = self._resolving.setdefault(key, asyncio.Lock())
+            async with lock:
+                if key not in self._live:
+                    self._live[key] = await self._resolve(path)
+            self._resolving.pop(key, None)
+        live = self._live[key]
+        await self._still_live(path, live)
+        live.used = self._now()
+        live.open_calls += 1
+        return live
+
+    async def _still_live(self, path: CallPath, live: Live) -> None:
+        """Refusal once the attempt has ended or another took its place; the store is asked now and then, not at each call."""
+        if live.ended is not None:
+            raise Refusal(410, live.ended, code="attempt_ended")
+        if self._now() - live.checked < CHECK_SECONDS:
+            return
+        live.checked = self._now()
+        attempt = await self._ask(self._store.get_latest_attempt(path.rollout_id), f"{path}")
+        try:
+            _check_live(path, attempt)
+        except Refusal as refusal:
+            live.ended = refusal.message
+            raise
+
+    def _sweep(self) -> None:
+        """Forget idle sessions, at most once per tenth of the limit."""
+        now, limit = self._now(), self._idle
+        if now - self._swept < limit / 10:
+            return
+        self._swept = now
+        for key, live in list(self._live.items()):
+            if not live.open_calls and now - live.used > limit:
+                del self._live[key]
+
+    async def _resolve(self, path: CallPath) -> Live:
+        try:
+            rollout, attempt = await asyncio.gather(
+                self._ask(
+                    self._store.get_rollout_by_id(path.rollout_id), f"rollout {path.rollout_id}"
+                ),
+                self._ask(self._store.get_latest_attempt(path.rollout_id), f"{path}"),
+            )
+        except NotFound:
+            rollout = attempt = None
+        if rollout is None:
+            raise Refusal(
+                404,
+                f"rollout {path.rollout_id} is not known to the store",
+                code="rollout_not_found",
+            )
+        _check_live(path, attempt)
+        llm = self._llm(rollout, await self._resources(rollout))
+        live = Live(rollout=rollout, llm=llm, counts=counters([]), checked=self._now())
+        if attempt is not None and attempt.num_spans:
+            rows = await self._ask(
+                self._store.query_spans(path.rollout_id, path.attempt_id), f"the spans of {path}"
+            )
+            live.counts = counters(rows)
+            live.sessions = {role: rebuild(rows, role) for role in {row["role"] for row in rows}}
+        return live
+
+    async def _resources(self, rollout: Rollout) -> ResourcesUpdate:
+        if rollout.resources_id is None:
+            found = await self._ask(self._store.get_latest_resources(), "the latest resources")
+        else:
+            found = await self._ask(
+                self._store.get_resources_by_id(rollout.resources_id),
+                f"resources {rollout.resources_id}",
+            )
+        if found is None:
+            raise Refusal(
+                404, f"rollout {rollout.rollout_id} has no resources", code="resource_not_found"
+            )
+        update: ResourcesUpdate = found
+        return update
+
+    @staticmethod
+    def _llm(rollout: Rollout, update: ResourcesUpdate) -> LLM:
+        """The LLM resource that the rollout's metadata names (`resource`), or the only one."""
+        llms = {name: item for name, item in update.resources.items() if isinstance(item, LLM)}
+        name = rollout.metadata.get("resource")
+        if name is None and len(llms) == 1:
+            return next(iter(llms.values()))
+        if name not in llms:
+            raise Refusal(
+                404,
+                f"rollout {rollout.rollout_id}: expected metadata['resource'] to name one of its LLM resources "
+                f"{sorted(llms)}, got {name!r}",
+                code="resource_not_found",
+            )
+        return llms[name]
+
+    async def _ask(self, awaitable: Any, on: str) -> Any:
+        """A store operation under its own deadline; a store that does not answer is a 503."""
+        try:
+            return await wait(awaitable, on=f"the store: {on}", seconds=self._timeout)
+        except WaitTimeout as error:
+            raise Refusal(503, str(error), code="store_unavailable", kind="server_error") from error
+
+    async def journal(self, path: CallPath, live: Live, batch: Any, batch_id: str) -> None:
+        """Have a batch of spans journalled; Refusal 410 where the store says that the attempt is over."""
+        try:
+            await self._ask(
+                self._store.add_spans(path.rollout_id, path.attempt_id, batch, batch_id=batch_id),
+                f"the acknowledgement of call {batch_id} of {path}",
+            )
+        except (Conflict, NotFound) as error:
+            live.ended = f"{path} is over: {error}"
+            raise Refusal(410, live.ended, code="attempt_ended") from error
+
+    async def state(self, path: CallPath) -> dict[str, Any]:
+        """What a runner asks at the end of an attempt: calls answered, engine errors (and the last one), retokenized tokens,
+        branches, disconnects, open calls. It answers for an attempt that has ended or was never heard of here, too."""
+        live = self._live.get((path.rollout_id, path.attempt_id))
+        if live is None:
+            try:
+                rows = await self._ask(
+                    self._store.query_spans(path.rollout_id, path.attempt_id),
+                    f"the spans of {path}",
+                )
+            except NotFound as error:
+                raise Refusal(404, f"{path}: {error}", code="rollout_not_found") from error
+            return {**counters(rows), "last_engine_error": None, "disconnects": 0, "open_calls": 0}
+        return {
+            **live.counts,
+            "last_engine_error": live.last_error,
+            "disconnects": live.disconnects,
+            "open_calls": live.open_calls,
+        }
+
+
+def _check_live(path: CallPath, attempt: Attempt | None) -> None:
+    """Refusal unless the path's attempt is the one that is running."""
+    if attempt is None or attempt.attempt_id != path.attempt_id:
+        live = "none" if attempt is None else attempt.attempt_id
+        raise Refusal(
+            409,
+            f"attempt {path.attempt_id} is not the live one of rollout {path.rollout_id} (that is {live})",
+            code="attempt_not_live",
+        )
+    if attempt.status.final:
+        reason = attempt.end_reason or attempt.status
+        raise Refusal(
+            410, f"{path} has ended ({reason}): its calls are refused", code="attempt_ended"
+        )

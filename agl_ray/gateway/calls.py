@@ -1,0 +1,106 @@
+"""A recorded model call as a node of its session's tree, and what makes two messages the same.
+
+Called by: session.py (which explains the whole), record.py. Pure data and hashing. Test alone:
+`pytest tests/property/test_gateway_session.py`.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import itertools
+from dataclasses import dataclass
+from enum import StrEnum
+from typing import Any
+
+import msgspec
+
+MessageKey = tuple[str, tuple[tuple[str, str], ...]]
+
+
+class Point(StrEnum):
+    """Where in a call's sequence a later call may go on."""
+
+    PROMPT = "prompt"  # behind its prompt: another answer to the same, or an edited answer
+    BODY = "body"  # behind its response without the id that ended it
+    FULL = "full"  # behind all of it
+
+
+@dataclass(frozen=True, eq=False)
+class Call:
+    """A recorded call: a node of the tree. Holds its own part of text and ids only; `parent` and `point` lead to the rest."""
+
+    call_id: str
+    parent: Call | None
+    point: Point | None
+    rest_text: str
+    rest_ids: tuple[int, ...]
+    body_text: str
+    end_text: str  # text of the id that ended the turn; empty: cut by length
+    response_ids: tuple[int, ...]
+    key: MessageKey
+    tool_ids: tuple[str | None, ...]
+    num_messages: int
+    chain: str  # hash over the messages of its request
+    tools: str  # hash over the tools of its request
+    num_prompt_ids: int
+
+    def num_ids(self, point: Point) -> int:
+        """Tokens of the whole sequence up to a point."""
+        response = len(self.response_ids) - (1 if self.end_text else 0)
+        extra = {Point.PROMPT: 0, Point.BODY: response, Point.FULL: len(self.response_ids)}
+        return self.num_prompt_ids + extra[point]
+
+    def ids(self, point: Point) -> list[int]:
+        """The exact ids of the whole sequence up to a point."""
+        parts: list[tuple[int, ...]] = []
+        call, upto = self, point
+        while True:
+            parts.append(call.response_ids[: call.num_ids(upto) - call.num_prompt_ids])
+            parts.append(call.rest_ids)
+            if call.parent is None or call.point is None:
+                break
+            call, upto = call.parent, call.point
+        return list(itertools.chain.from_iterable(reversed(parts)))
+
+    def said(self, point: Point) -> list[Call]:
+        """The calls whose responses are in the sequence up to a point, newest first."""
+        found = [] if point is Point.PROMPT else [self]
+        call: Call = self
+        while call.parent is not None:
+            if call.point is not Point.PROMPT:
+                found.append(call.parent)
+            call = call.parent
+        return found
+
+
+def message_key(message: dict[str, Any]) -> MessageKey:
+    """What makes two assistant messages the same: content without outer white space, tool calls by name and JSON value."""
+    calls = []
+    for call in message.get("tool_calls") or []:
+        arguments = call["function"]["arguments"]
+        if isinstance(arguments, str):
+            try:
+                arguments = msgspec.json.decode(arguments)
+            except msgspec.DecodeError:
+                arguments = arguments.strip()
+        canonical = msgspec.json.encode(arguments, order="sorted").decode()
+        calls.append((str(call["function"]["name"]), canonical))
+    return (message.get("content") or "").strip(), tuple(calls)
+
+
+def tool_ids(message: dict[str, Any]) -> tuple[str | None, ...]:
+    """The ids of an assistant message's tool calls, in order."""
+    return tuple(call.get("id") for call in message.get("tool_calls") or [])
+
+
+def message_chain(messages: list[dict[str, Any]]) -> list[str]:
+    """Hashes of the first 0, 1, ..., M messages."""
+    chains = [""]
+    for message in messages:
+        chains.append(short_hash([chains[-1], message]))
+    return chains
+
+
+def short_hash(value: Any) -> str:
+    """16 hex digits of a JSON value."""
+    return hashlib.blake2b(msgspec.json.encode(value), digest_size=8).hexdigest()

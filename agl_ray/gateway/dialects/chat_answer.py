@@ -1,0 +1,140 @@
+"""The OpenAI chat completions dialect, answers: `CallResult` -> response body, pieces of a stream -> SSE chunks.
+
+Called by: `agl_ray/gateway/http.py`. Beside OpenAI's fields, `return_token_ids` adds `prompt_token_ids`, and to a choice `token_ids`
+and `weight_versions` ([[first token, version], ...]). Test alone: `pytest tests/unit/test_gateway_chat.py`.
+"""
+
+from __future__ import annotations
+
+from typing import Any
+
+import msgspec
+
+from agl_ray.gateway.canonical import CallRequest, CallResult
+
+
+def finish_reason(result: CallResult) -> str:
+    return (
+        "tool_calls"
+        if result.tool_calls and result.finish_reason == "stop"
+        else result.finish_reason
+    )
+
+
+def usage(result: CallResult) -> dict[str, Any]:
+    prompt, response = len(result.prompt_ids), len(result.response_ids)
+    return {
+        "prompt_tokens": prompt,
+        "completion_tokens": response,
+        "total_tokens": prompt + response,
+        "prompt_tokens_details": {"cached_tokens": result.cached_tokens},
+    }
+
+
+def logprob_entry(token: str, logprob: float) -> dict[str, Any]:
+    """One token of `logprobs.content`; `bytes` is null where the token is part of a character."""
+    cut = "\ufffd" in token
+    return {
+        "token": token,
+        "logprob": logprob,
+        "bytes": None if cut else list(token.encode()),
+        "top_logprobs": [],
+    }
+
+
+def response_body(request: CallRequest, result: CallResult, tokens: list[str] | None) -> bytes:
+    """The JSON body of a non-streaming answer. `tokens` (T strings) are needed where the request asks for logprobs."""
+    choice: dict[str, Any] = {
+        "index": 0,
+        "message": result.message(),
+        "finish_reason": finish_reason(result),
+        "logprobs": None,
+    }
+    body: dict[str, Any] = {
+        "id": f"chatcmpl-{result.call_id}",
+        "object": "chat.completion",
+        "created": result.created,
+        "model": request.model,
+        "choices": [choice],
+        "usage": usage(result),
+    }
+    if tokens is not None:
+        pairs = zip(tokens, result.logprobs, strict=True)
+        choice["logprobs"] = {"content": [logprob_entry(*pair) for pair in pairs]}
+    if request.return_token_ids:
+        body["prompt_token_ids"] = result.prompt_ids
+        choice["token_ids"] = result.response_ids
+        choice["weight_versions"] = result.weight_versions
+    return msgspec.json.encode(body)
+
+
+class ChunkWriter:
+    """The SSE events of one streamed answer, in order: `delta` any number of times, then `end` once.
+
+    Logprobs and token ids of tokens whose text is still held back go with the next event that is sent.
+    """
+
+    def __init__(
+        self, request: CallRequest, call_id: str, created: int, prompt_ids: list[int]
+    ) -> None:
+        self._request = request
+        self._prompt_ids = prompt_ids
+        self._head = {
+            "id": f"chatcmpl-{call_id}",
+            "object": "chat.completion.chunk",
+            "created": created,
+            "model": request.model,
+        }
+        self._first = True
+        self._ids: list[int] = []
+        self._logprobs: list[dict[str, Any]] = []
+
+    def tokens(self, ids: list[int], entries: list[dict[str, Any]]) -> None:
+        """New tokens, to go out with the next event."""
+        self._ids += ids
+        self._logprobs += entries
+
+    def delta(self, delta: dict[str, Any], finish: str | None = None) -> bytes:
+        """One event with one choice."""
+        if self._first:
+            delta = {"role": "assistant", "content": delta.get("content", ""), **delta}
+        choice: dict[str, Any] = {
+            "index": 0,
+            "delta": delta,
+            "finish_reason": finish,
+            "logprobs": None,
+        }
+        event = {**self._head, "choices": [choice]}
+        if self._request.logprobs:
+            choice["logprobs"] = {"content": self._logprobs}
+            self._logprobs = []
+        if self._request.return_token_ids:
+            choice["token_ids"] = self._ids
+            self._ids = []
+            if self._first:
+                event["prompt_token_ids"] = self._prompt_ids
+        if self._request.include_usage:
+            event["usage"] = None
+        self._first = False
+        return sse(event)
+
+    def end(self, result: CallResult, rest: str) -> list[bytes]:
+        """The last events: text not yet sent, tool calls, finish reason, usage where asked for, [DONE]."""
+        events = [self.delta({"content": rest})] if rest else []
+        for index, call in enumerate(result.message().get("tool_calls", [])):
+            events.append(self.delta({"tool_calls": [{"index": index, **call}]}))
+        events.append(self.delta({}, finish_reason(result)))
+        if self._request.include_usage:
+            events.append(sse({**self._head, "choices": [], "usage": usage(result)}))
+        events.append(b"data: [DONE]\n\n")
+        return events
+
+
+def sse(event: Any) -> bytes:
+    return b"data: " + msgspec.json.encode(event) + b"\n\n"
+
+
+def models_body(model: str) -> bytes:
+    """The answer to GET /v1/models."""
+    entry = {"id": model, "object": "model", "created": 0, "owned_by": "agl-ray"}
+    return msgspec.json.encode({"object": "list", "data": [entry]})

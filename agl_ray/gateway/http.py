@@ -1,0 +1,198 @@
+"""The gateway's HTTP surface: a bare ASGI application over a Door.
+
+    POST /rollout/{id}/attempt/{id}[/role/{role}]/v1/chat/completions     GET .../v1/models     GET .../state
+    GET /healthz
+
+Called by: `actors/gateway.py` (Ray Serve), or any ASGI server. No framework: a request costs no routing table, no pydantic. Every
+error is OpenAI's error body. When the caller goes away the call is cancelled, and with it the engine's work.
+Test alone: `pytest tests/unit/test_gateway_http.py`.
+"""
+
+from __future__ import annotations
+
+import asyncio
+import contextlib
+import logging
+from collections.abc import AsyncIterator, Awaitable, Callable, MutableMapping
+from contextlib import aclosing
+from typing import Any
+
+import msgspec
+
+from agl_ray.gateway.attempts import CallPath
+from agl_ray.gateway.canonical import CallRequest, CallResult, Refusal
+from agl_ray.gateway.dialects import chat, chat_answer
+from agl_ray.gateway.door import Door
+from agl_ray.gateway.render import Renderer
+
+logger = logging.getLogger(__name__)
+
+Scope = MutableMapping[str, Any]
+Receive = Callable[[], Awaitable[MutableMapping[str, Any]]]
+Send = Callable[[MutableMapping[str, Any]], Awaitable[None]]
+
+MAX_BODY = 64 * 1024 * 1024
+_JSON = [(b"content-type", b"application/json")]
+_SSE = [(b"content-type", b"text/event-stream; charset=utf-8"), (b"cache-control", b"no-cache")]
+
+
+class GatewayApp:
+    """The ASGI application; see the module's text."""
+
+    def __init__(self, door: Door, renderer: Renderer) -> None:
+        self._door, self._renderer = door, renderer
+
+    async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
+        if scope["type"] == "lifespan":
+            await _lifespan(receive, send)
+            return
+        if scope["type"] != "http":
+            return
+        try:
+            await self._answer(scope, receive, send)
+        except Refusal as refusal:
+            await _respond(send, refusal.status, refusal.body())
+        except _Gone:
+            logger.info("caller of %s went away", scope["path"])
+        except Exception:
+            logger.exception("call of %s failed in the gateway", scope["path"])
+            refusal = Refusal(500, "the gateway failed; its log says why", kind="server_error")
+            await _respond(send, 500, refusal.body())
+            raise
+
+    async def _answer(self, scope: Scope, receive: Receive, send: Send) -> None:
+        parts = [part for part in scope["path"].split("/") if part]
+        method = scope["method"]
+        if parts == ["healthz"]:
+            await _respond(send, 200, b'{"status":"ok"}')
+            return
+        path, action = _route(parts)
+        if path is None or action not in ("v1/chat/completions", "v1/models", "state"):
+            raise Refusal(
+                404,
+                f"{scope['path']}: expected /rollout/ID/attempt/ID[/role/ROLE]/v1/chat/completions, .../v1/models or .../state",
+                code="unknown_url",
+            )
+        expected = "POST" if action == "v1/chat/completions" else "GET"
+        if method != expected:
+            raise Refusal(
+                405, f"{action}: expected {expected}, got {method}", code="method_not_allowed"
+            )
+        if action == "state":
+            await _respond(send, 200, msgspec.json.encode(await self._door.state(path)))
+        elif action == "v1/models":
+            await _respond(send, 200, chat_answer.models_body(await self._door.model(path)))
+        else:
+            request = chat.parse(await _body(receive))
+            handler = self._stream if request.stream else self._whole
+            await _unless_gone(handler(path, request, send), receive)
+
+    async def _whole(self, path: CallPath, request: CallRequest, send: Send) -> None:
+        result = await self._door.chat(path, request)
+        tokens = self._renderer.token_texts(result.response_ids) if request.logprobs else None
+        await _respond(send, 200, chat_answer.response_body(request, result, tokens))
+
+    async def _stream(self, path: CallPath, request: CallRequest, send: Send) -> None:
+        """SSE. The status is sent with the first event, so what is refused before that has its own status; an error after
+        that is an event, which OpenAI's clients raise."""
+        started = False
+        try:
+            async with aclosing(self._events(path, request)) as events:
+                async for event in events:
+                    if not started:
+                        started = True
+                        head = {"type": "http.response.start", "status": 200, "headers": _SSE}
+                        await send(head)
+                    await send({"type": "http.response.body", "body": event, "more_body": True})
+        except Refusal as refusal:
+            if not started:
+                raise
+            event = b"data: " + refusal.body() + b"\n\n"
+            await send({"type": "http.response.body", "body": event, "more_body": True})
+        await send({"type": "http.response.body", "body": b"", "more_body": False})
+
+    async def _events(self, path: CallPath, request: CallRequest) -> AsyncIterator[bytes]:
+        writer: chat_answer.ChunkWriter | None = None
+        sent = 0
+        async with aclosing(self._door.chat_stream(path, request)) as pieces:
+            async for piece in pieces:
+                if isinstance(piece, CallResult):
+                    if writer is None:
+                        raise AssertionError("a stream begins with its call's id")
+                    for event in writer.end(piece, (piece.content or "")[sent:]):
+                        yield event
+                elif writer is None:
+                    writer = chat_answer.ChunkWriter(
+                        request, piece.call_id or "", piece.created, piece.prompt_ids
+                    )
+                else:
+                    writer.tokens(piece.token_ids, piece.entries)
+                    if piece.text:
+                        sent += len(piece.text)
+                        yield writer.delta({"content": piece.text})
+
+
+class _Gone(Exception):
+    """The caller closed the connection."""
+
+
+def _route(parts: list[str]) -> tuple[CallPath | None, str]:
+    """(whose call, what of it) of a URL's path segments."""
+    if len(parts) < 5 or parts[0] != "rollout" or parts[2] != "attempt":
+        return None, ""
+    role, rest = None, parts[4:]
+    if rest[0] == "role" and len(rest) > 2:
+        role, rest = rest[1], rest[2:]
+    return CallPath(rollout_id=parts[1], attempt_id=parts[3], role=role), "/".join(rest)
+
+
+async def _body(receive: Receive) -> bytes:
+    pieces: list[bytes] = []
+    size = 0
+    while True:
+        message = await receive()
+        if message["type"] == "http.disconnect":
+            raise _Gone
+        pieces.append(message.get("body", b""))
+        size += len(pieces[-1])
+        if size > MAX_BODY:
+            raise Refusal(
+                413, f"the request body is larger than {MAX_BODY} bytes", code="too_large"
+            )
+        if not message.get("more_body", False):
+            return b"".join(pieces)
+
+
+async def _unless_gone(answer: Awaitable[None], receive: Receive) -> None:
+    """Await `answer`, but cancel it when the caller disconnects; _Gone then."""
+    work = asyncio.ensure_future(answer)
+    watch = asyncio.ensure_future(_disconnected(receive))
+    try:
+        await asyncio.wait({work, watch}, return_when=asyncio.FIRST_COMPLETED)
+        if not work.done():
+            raise _Gone
+        await work
+    finally:
+        for task in (work, watch):
+            if not task.done():
+                task.cancel()
+                with contextlib.suppress(asyncio.CancelledError):
+                    await task
+
+
+async def _disconnected(receive: Receive) -> None:
+    while (await receive())["type"] != "http.disconnect":
+        pass
+
+
+async def _respond(send: Send, status: int, body: bytes) -> None:
+    await send({"type": "http.response.start", "status": status, "headers": _JSON})
+    await send({"type": "http.response.body", "body": body})
+
+
+async def _lifespan(receive: Receive, send: Send) -> None:
+    while True:
+        kind = (await receive())["type"]
+        await send({"type": f"{kind}.complete"})
+        if kind == "lifespan.shutdown":
+            return

@@ -1,0 +1,174 @@
+"""A call as a span, and back: what the gateway writes to the store, and how a session is rebuilt from it.
+
+Called by: the door. A call span holds the exact ids in suffix form (`parent_call`, `parent_tokens`, spans/schema.py) and in its
+attributes, as JSON: `request` {messages from `messages_from` on, tools, sampling, metadata}, `response` (the message returned),
+`agl.session` (text of the new part of the prompt, raw text of the response, where it continues its parent), `agl.timings`
+(seconds), `agl.retokenized_tokens` and, for a branch, `agl.branch_reason`. A gateway that was restarted reads these spans and
+goes on exactly. Test alone: `pytest tests/unit/test_gateway_record.py`.
+"""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Iterable, Mapping
+from typing import Any
+
+import pyarrow as pa
+
+from agl_ray.gateway.calls import Call, Point, message_key, tool_ids
+from agl_ray.gateway.canonical import CallRequest, CallResult
+from agl_ray.gateway.session import Plan, Session
+from agl_ray.spans import KIND_CALL, KIND_SPAN, new_span_id, span_batch
+
+CALL_NAME = "model.call"
+FAILED_CALL_NAME = "model.call.failed"
+DIALECT_CHAT = "openai.chat"
+
+
+def call_span(
+    *,
+    rollout_id: str,
+    attempt_id: str,
+    role: str | None,
+    request: CallRequest,
+    sampling: Mapping[str, Any],
+    result: CallResult,
+    plan: Plan,
+    body_text: str,
+    end_text: str,
+    start_ns: int,
+    end_ns: int,
+    timings: Mapping[str, float],
+) -> pa.RecordBatch:
+    """The batch of one row that records a finished call. `sampling` is what the engine was given."""
+    first = plan.shared_messages
+    attributes: dict[str, Any] = {
+        "request": {
+            "messages_from": first,
+            "messages": request.messages[first:],
+            "tools": request.tools
+            if plan.parent is None or plan.parent.tools != plan.tools
+            else None,
+            "sampling": dict(sampling),
+            "metadata": request.metadata,
+        },
+        "response": result.message(),
+        "agl.session": {
+            "point": plan.point,
+            "rest": plan.rest_text,
+            "body": body_text,
+            "end": end_text,
+            "messages": plan.num_messages,
+            "chain": plan.chain,
+            "tools": plan.tools,
+        },
+        "agl.timings": dict(timings),
+        "agl.retokenized_tokens": plan.retokenized,
+    }
+    if plan.branch_reason is not None:
+        attributes["agl.branch_reason"] = plan.branch_reason
+    row = {
+        "rollout_id": rollout_id,
+        "attempt_id": attempt_id,
+        "span_id": result.call_id,
+        "name": CALL_NAME,
+        "kind": KIND_CALL,
+        "start_ns": start_ns,
+        "end_ns": end_ns,
+        "status": "OK",
+        "role": role,
+        "attributes": attributes,
+        "model": request.model,
+        "dialect": DIALECT_CHAT,
+        "parent_call": plan.parent.call_id if plan.parent else None,
+        "parent_tokens": plan.parent_tokens,
+        "prompt_ids": list(plan.rest_ids),
+        "response_ids": result.response_ids,
+        "response_logprobs": result.logprobs,
+        "weight_versions": result.weight_versions,
+        "finish_reason": result.finish_reason,
+        "prompt_tokens": len(plan.prompt_ids),
+        "response_tokens": len(result.response_ids),
+    }
+    return span_batch([row])
+
+
+def failed_call_span(
+    *,
+    rollout_id: str,
+    attempt_id: str,
+    role: str | None,
+    message: str,
+    start_ns: int,
+    end_ns: int,
+) -> pa.RecordBatch:
+    """A call that the engine did not answer: a plain span, so that nobody takes it for tokens."""
+    row = {
+        "rollout_id": rollout_id,
+        "attempt_id": attempt_id,
+        "span_id": new_span_id(),
+        "name": FAILED_CALL_NAME,
+        "kind": KIND_SPAN,
+        "start_ns": start_ns,
+        "end_ns": end_ns,
+        "status": "ERROR",
+        "status_message": message,
+        "role": role,
+    }
+    return span_batch([row])
+
+
+def rebuild(rows: Iterable[Mapping[str, Any]], role: str | None) -> Session:
+    """The session that the recorded calls of this role amount to; `rows` are the attempt's spans in sequence order.
+
+    ValueError where a call continues one that is not among the rows.
+    """
+    session = Session()
+    for row in rows:
+        if row["kind"] != KIND_CALL or row["role"] != role:
+            continue
+        attributes = dict(row["attributes"])
+        kept, message = _value(attributes["agl.session"]), _value(attributes["response"])
+        parent = session.find(row["parent_call"]) if row["parent_call"] else None
+        if row["parent_call"] and parent is None:
+            raise ValueError(
+                f"call {row['span_id']} continues {row['parent_call']}, which is not recorded"
+            )
+        session.remember(
+            Call(
+                call_id=row["span_id"],
+                parent=parent,
+                point=Point(kept["point"]) if kept["point"] else None,
+                rest_text=kept["rest"],
+                rest_ids=tuple(row["prompt_ids"]),
+                body_text=kept["body"],
+                end_text=kept["end"],
+                response_ids=tuple(row["response_ids"]),
+                key=message_key(message),
+                tool_ids=tool_ids(message),
+                num_messages=kept["messages"],
+                chain=kept["chain"],
+                tools=kept["tools"],
+                num_prompt_ids=row["prompt_tokens"],
+            )
+        )
+    return session
+
+
+def counters(rows: Iterable[Mapping[str, Any]]) -> dict[str, int]:
+    """Calls, failed calls and retokenized tokens of the attempt's spans, all roles."""
+    found = {"calls": 0, "engine_errors": 0, "retokenized_tokens": 0, "branches": 0}
+    for row in rows:
+        if row["name"] == FAILED_CALL_NAME:
+            found["engine_errors"] += 1
+        if row["kind"] == KIND_CALL:
+            attributes = dict(row["attributes"])
+            found["calls"] += 1
+            found["retokenized_tokens"] += int(_value(attributes["agl.retokenized_tokens"]))
+            found["branches"] += "agl.branch_reason" in attributes
+    return found
+
+
+def _value(stored: Any) -> Any:
+    """Attribute values are JSON text in Arrow; `query_spans` of some transports hands them out decoded."""
+    return json.loads(stored) if isinstance(stored, str) else stored

@@ -1,0 +1,209 @@
+"""Text and ids: chat template rendering, tokenising, detokenising, tool-call parsing.
+
+Called by: the door (one `Renderer` per gateway process) and, through the small `TextModel` protocol, the sessions. The
+tokenizer is transformers', the tool-call parsers are vLLM's own; both are imported when a Renderer is made, that is at the
+start of a gateway replica and not at the first call (about 5 s and 0.5 GB together, most of it torch and vLLM).
+Test alone: `pytest tests/unit/test_gateway_render.py`.
+"""
+
+from __future__ import annotations
+
+import logging
+import secrets
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Any, Protocol
+
+from agl_ray.gateway.canonical import Refusal, ToolCall
+from agl_ray.types import InputError
+
+REPLACEMENT = "\ufffd"  # what a decoder writes for bytes that are no whole character
+
+
+class TextModel(Protocol):
+    """What a session needs of a tokenizer and its chat template."""
+
+    def render(self, messages: list[dict[str, Any]], tools: list[dict[str, Any]] | None) -> str:
+        """The conversation as text, up to and including the generation prompt."""
+        ...
+
+    def encode(self, text: str, after: str = "") -> list[int]:
+        """Ids of `text`, which stands behind the special token `after` (empty: at the start, or behind plain text)."""
+        ...
+
+
+class Renderer:
+    """The tokenizer, chat template and tool parser of one model folder.
+
+    `tool_parser` is a name of vLLM's (`hermes`, ...) or None. InputError where the folder has no tokenizer, no fast
+    tokenizer or no chat template, or where vLLM knows no such parser.
+    """
+
+    def __init__(self, model_path: str | Path, tool_parser: str | None = None) -> None:
+        self._tokenizer = _load_tokenizer(Path(model_path))
+        self._backend = self._tokenizer.backend_tokenizer
+        self.stop_ids = _stop_ids(self._tokenizer, Path(model_path))
+        self._anchored = self._needs_anchor()
+        self._parser = _load_parser(tool_parser) if tool_parser else None
+        start = getattr(self._parser, "tool_call_start_token", None)
+        self.tool_start: str | None = start if isinstance(start, str) and start else None
+
+    @property
+    def parses_tools(self) -> bool:
+        return self._parser is not None
+
+    def render(self, messages: list[dict[str, Any]], tools: list[dict[str, Any]] | None) -> str:
+        from jinja2.exceptions import TemplateError
+
+        try:
+            text = self._tokenizer.apply_chat_template(
+                messages, tools=tools, add_generation_prompt=True, tokenize=False
+            )
+        except (TemplateError, TypeError) as error:
+            raise Refusal(
+                400,
+                f"messages: the model's chat template refuses this conversation: {error}",
+                param="messages",
+                code="invalid_value",
+            ) from error
+        return str(text)
+
+    def encode(self, text: str, after: str = "") -> list[int]:
+        if after and self._anchored:
+            ids: list[int] = self._backend.encode(after + text, add_special_tokens=False).ids
+            return ids[1:]
+        plain: list[int] = self._backend.encode(text, add_special_tokens=False).ids
+        return plain
+
+    def decode(self, ids: Sequence[int], keep_special: bool = True) -> str:
+        return str(self._backend.decode(list(ids), skip_special_tokens=not keep_special))
+
+    def token_texts(self, ids: Sequence[int]) -> list[str]:
+        """Each id's own text; parts of a character read as U+FFFD."""
+        return [self.decode([token]) for token in ids]
+
+    def split(self, ids: Sequence[int], stop_id: bool) -> tuple[str, str]:
+        """The response as (body, end): the text of all ids, and apart from it that of the id that ended it, if one did."""
+        if stop_id and ids:
+            return self.decode(ids[:-1]), self.decode(ids[-1:])
+        return self.decode(ids), ""
+
+    def find_tool_calls(
+        self, text: str, tools: list[dict[str, Any]]
+    ) -> tuple[str | None, list[ToolCall]]:
+        """(content, tool calls) of an answer, as vLLM's parser reads it; text that it cannot parse comes back whole."""
+        if self._parser is None:
+            raise ValueError("find_tool_calls: this renderer was made without a tool parser")
+        if self.tool_start is not None and self.tool_start not in text:
+            return text, []
+        found = self._parser(self._tokenizer).extract_tool_calls(text, _parser_request(tools))
+        if not found.tools_called:
+            return text, []
+        calls = [
+            ToolCall(
+                id=f"call_{secrets.token_hex(12)}",
+                name=call.function.name,
+                arguments=call.function.arguments,
+            )
+            for call in found.tool_calls
+        ]
+        return found.content or None, calls
+
+    def _needs_anchor(self) -> bool:
+        """Whether a piece of text gets other ids at the start than behind a special token (sentencepiece's first space)."""
+        token = self._tokenizer.eos_token
+        if token is None:
+            return False
+        joined = self._backend.encode(token + "a", add_special_tokens=False).ids
+        return len(joined) > 1 and joined[1:] != self.encode("a")
+
+
+class Detokenizer:
+    """Ids of a stream to text, piece by piece, never half a character.
+
+    `push` returns the text that became certain, `finish` what is left; joined they are `decode(all ids)`. Works on a window
+    of the last ids, so that a long answer costs linear time.
+    """
+
+    def __init__(self, renderer: Renderer, keep_special: bool) -> None:
+        self._renderer = renderer
+        self._keep = keep_special
+        self._ids: list[int] = []
+        self._window = 0  # ids before this one are out of the window
+        self._read = 0  # text of the ids before this one was returned
+        self._text: list[str] = []
+
+    def push(self, ids: Sequence[int]) -> str:
+        self._ids += ids
+        known = self._renderer.decode(self._ids[self._window : self._read], self._keep)
+        text = self._renderer.decode(self._ids[self._window :], self._keep)
+        if len(text) <= len(known) or text.endswith(REPLACEMENT):
+            return ""
+        self._window, self._read = self._read, len(self._ids)
+        self._text.append(text[len(known) :])
+        return self._text[-1]
+
+    def finish(self) -> str:
+        whole, sent = self._renderer.decode(self._ids, self._keep), "".join(self._text)
+        return whole[len(sent) :] if whole.startswith(sent) else ""
+
+
+def _load_tokenizer(folder: Path) -> Any:
+    from transformers import AutoTokenizer
+
+    if not folder.is_dir():
+        raise InputError(
+            f"model folder {str(folder)!r}: no such folder; give a folder with the model's files"
+        )
+    try:
+        tokenizer = AutoTokenizer.from_pretrained(str(folder), local_files_only=True)
+    except (OSError, ValueError, KeyError) as error:
+        raise InputError(
+            f"model folder {str(folder)!r}: transformers finds no tokenizer in it ({error}); "
+            "expected tokenizer.json and tokenizer_config.json beside config.json"
+        ) from error
+    if not getattr(tokenizer, "is_fast", False):
+        raise InputError(
+            f"model folder {str(folder)!r}: a fast tokenizer (tokenizer.json) is needed"
+        )
+    if not tokenizer.chat_template:
+        raise InputError(
+            f"model folder {str(folder)!r}: the tokenizer has no chat template, so chats cannot be rendered; "
+            "add chat_template.jinja or the key chat_template of tokenizer_config.json"
+        )
+    return tokenizer
+
+
+def _stop_ids(tokenizer: Any, folder: Path) -> frozenset[int]:
+    """Ids that end a turn: the tokenizer's end-of-sequence and those of generation_config.json, as the engine reads them."""
+    import msgspec
+
+    ids = {tokenizer.eos_token_id} if tokenizer.eos_token_id is not None else set()
+    path = folder / "generation_config.json"
+    if path.exists():
+        given = msgspec.json.decode(path.read_bytes()).get("eos_token_id")
+        ids.update(given if isinstance(given, list) else [] if given is None else [given])
+    return frozenset(ids)
+
+
+def _load_parser(name: str) -> Any:
+    from vllm.tool_parsers import ToolParserManager
+
+    # A malformed tool call is daily bread in training; vLLM would log a stack trace for each.
+    logging.getLogger("vllm.tool_parsers").setLevel(logging.CRITICAL)
+    try:
+        return ToolParserManager.get_tool_parser(name)
+    except KeyError as error:
+        known = ", ".join(ToolParserManager.list_registered())
+        raise InputError(
+            f"engine.tool_parser: vLLM knows no parser {name!r}; expected one of {known}"
+        ) from error
+
+
+def _parser_request(tools: list[dict[str, Any]]) -> Any:
+    """vLLM's own request object: most parsers ignore it, some look up the schemas of the tools."""
+    from vllm.entrypoints.openai.chat_completion.protocol import ChatCompletionRequest
+
+    return ChatCompletionRequest(
+        model="", messages=[{"role": "user", "content": ""}], tools=tools, tool_choice="auto"
+    )
