@@ -334,6 +334,9 @@ class Controller:
     async def _commit(self, groups: GroupRollouts) -> None:
         """Write the run's position into the store: what is not in it never happened."""
         self.ledger.next_row = groups.position
+        if self._pool is not None:
+            self.ledger.runner_restarts += self._pool.replaced
+            self._pool.replaced = 0
         self.ledger.dropped_groups += groups.dropped_groups
         groups.dropped_groups = 0
         await self.store.put_state(POSITION, to_json(self.ledger))
@@ -369,7 +372,7 @@ class Controller:
 
     async def _new_failures(self) -> dict[str, int]:
         """Attempts that did not end ok since the last call, by end reason."""
-        ends = (await self.store.statistics())["end_reasons"]
+        ends = (await self.store.statistics())["attempts_by_reason"]
         new = {k: n - self._failures.get(k, 0) for k, n in ends.items() if k != "ok"}
         self._failures = dict(ends)
         return {reason: count for reason, count in new.items() if count}
@@ -379,7 +382,7 @@ class Controller:
         statistics = await self.store.statistics()
         return {
             "ledger": self.ledger,
-            "end_reasons": statistics["end_reasons"],
+            "end_reasons": statistics["attempts_by_reason"],
             "store_restarts": statistics["restarts"],
         }
 

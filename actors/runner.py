@@ -24,7 +24,7 @@ from agl_ray.tracing import SpanRecorder
 from agl_ray.types import AttemptedRollout, EndReason, NamedResources
 from agl_ray.waits import wait
 
-LEASE_POLL = 5.0  # seconds of one blocking dequeue; a stop is noticed at latest after it
+LEASE_POLL = 5.0  # seconds of one blocking dequeue
 CLOSE = 5.0  # seconds that cancelled attempts get to report their end
 
 log = logging.getLogger(__name__)
@@ -62,13 +62,21 @@ class Runner:
     async def run(self) -> int:
         """Work until `stop` is called; the number of attempts that were ended here."""
         renewal = asyncio.create_task(self._renew())
+        work = asyncio.create_task(self._work(renewal))
+        stop = asyncio.create_task(self._stopping.wait())
         try:
-            while not self._stopping.is_set():
-                await self._lease(renewal)
+            await asyncio.wait({work, stop}, return_when=asyncio.FIRST_COMPLETED)
+            if work.done():
+                work.result()  # raises: it ends by itself only through an error
         finally:
-            renewal.cancel()
+            for task in (renewal, work, stop):
+                task.cancel()
             await self._close()
         return self._finished
+
+    async def _work(self, renewal: asyncio.Task[None]) -> None:
+        while True:
+            await self._lease(renewal)
 
     async def stop(self) -> None:
         """Lease nothing more; `run` returns after cancelling what is open."""
@@ -85,7 +93,9 @@ class Runner:
         leased = await self.store.dequeue_many_rollouts(
             limit=free, worker_id=self.worker_id, wait_seconds=LEASE_POLL
         )
-        resources = {i: await self._resources_of(i) for i in {a.rollout.resources_id for a in leased}}
+        resources = {
+            i: await self._resources_of(i) for i in {a.rollout.resources_id for a in leased}
+        }
         for attempt in leased:
             task = asyncio.create_task(
                 self._attempt(attempt, resources[attempt.rollout.resources_id])
@@ -96,7 +106,9 @@ class Runner:
     def _forget(self, task: asyncio.Task[None]) -> None:
         attempt = self._open.pop(task)
         if not task.cancelled() and task.exception() is not None:
-            log.error("attempt %s could not be ended", attempt.attempt_id, exc_info=task.exception())
+            log.error(
+                "attempt %s could not be ended", attempt.attempt_id, exc_info=task.exception()
+            )
 
     async def _resources_of(self, resources_id: str | None) -> NamedResources | None:
         """The newest version of these resources; None when the store does not know them."""

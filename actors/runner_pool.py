@@ -61,7 +61,11 @@ class RunnerPool:
             self._empty.clear()
             started = loop.time()
             try:
-                await handle.run.remote()  # ends when the runner is stopped; Ray raises when it dies
+                await (
+                    handle.run.remote()
+                )  # ends when the runner is stopped; Ray raises when it dies
+                # What the store leased to it while it was leaving.
+                await self.store.worker_lost(worker_id, "its runner was stopped")
                 return
             except ray.exceptions.RayActorError as error:
                 if self._stopping:
