@@ -163,7 +163,7 @@ def _logprob_head(
             parts.append(checkpoint(_logprobs, *arguments, use_reentrant=False))
     if not parts:
         parts.append(_logprobs(hidden[0], head.weight, head.bias, targets, scale))
-    return torch.cat(parts)[None, :, None]
+    return torch.cat(parts)[None, :, None].clone()  # FSDP2 wants no view from the root
 
 
 def _logprobs(

@@ -1,7 +1,7 @@
 """One training step laid out on rank 0: spans and rewards in, one payload of packed micro-batches per rank out.
 
 Order matters (contracts 1 and 6): advantages from all members, then rows, then rows are dropped. Called by
-actors/learner.py and by tests without Ray. Pure numpy; test it alone with tests/unit/test_learner_prepare.py.
+actors/learner.py and by tests without Ray. Pure numpy; test it alone with tests/unit/test_learner_step.py.
 Legend: M rollouts, R rows, N tokens of all rows.
 """
 

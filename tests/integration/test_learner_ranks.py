@@ -1,0 +1,130 @@
+"""Two ranks are one: FSDP2 over Gloo in real processes against a single process; checkpoints; deaths."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Any
+
+import learner_ranks
+import pytest
+import torch
+from learner_data import model_folder
+
+from agl_ray.config.models import LearnerConfig
+from agl_ray.learner.step import Learner
+from agl_ray.types import InputError
+
+SAME = (
+    "loss",
+    "grad_norm",
+    "entropy",
+    "engine_kl",
+    "max_logprob_diff",
+    "ratio_mean",
+    "tokens_trained",
+)
+
+
+@pytest.fixture(scope="module")
+def folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    return model_folder(tmp_path_factory.mktemp("model"))
+
+
+def assert_close(one: dict[str, Any], other: dict[str, Any], atol: float = 1e-5) -> None:
+    for (name, left), (same_name, right) in zip(one["state"], other["state"], strict=True):
+        assert name == same_name
+        torch.testing.assert_close(
+            left, right, atol=atol, rtol=0, msg=lambda m, n=name: f"{n}: {m}"
+        )
+    for left, right in zip(one["metrics"], other["metrics"], strict=True):
+        for name in SAME:
+            assert left[name] == pytest.approx(right[name], abs=1e-5), name
+
+
+@pytest.mark.parametrize(
+    "settings", [{}, {"minibatches": 3, "weight_decay": 0.1}, {"tokens_per_microbatch": 1}]
+)
+def test_two_ranks_equal_one(folder: Path, settings: dict[str, Any]) -> None:
+    (one,) = learner_ranks.run(1, "train", folder, (1, 6), settings)
+    first, second = learner_ranks.run(2, "train", folder, (1, 6), settings)
+    assert_close(one, first)
+    assert second["state"] == []
+    for left, right in zip(first["metrics"], second["metrics"], strict=True):
+        assert {n: v for n, v in left.items() if "seconds" not in n} == {
+            n: v for n, v in right.items() if "seconds" not in n
+        }
+
+
+def test_a_rank_without_rows_keeps_step(folder: Path) -> None:
+    (one,) = learner_ranks.run(1, "one_row", folder)
+    first, _ = learner_ranks.run(2, "one_row", folder)
+    assert one["metrics"][0]["rows"] == 1
+    assert_close(one, first)
+
+
+@pytest.mark.parametrize("world_size", [1, 2])
+def test_a_resumed_run_gives_the_same_losses(folder: Path, tmp_path: Path, world_size: int) -> None:
+    settings = {"minibatches": 2, "weight_decay": 0.01}
+    whole = learner_ranks.run(world_size, "train", folder, (1, 6), settings)[0]
+    path = tmp_path / "step-2"
+    learner_ranks.run(world_size, "train", folder, (1, 3), settings, None, path)
+    rest = learner_ranks.run(world_size, "train", folder, (3, 6), settings, path)[0]
+    losses = [[m["loss"], m["grad_norm"]] for m in whole["metrics"]]
+    assert [[m["loss"], m["grad_norm"]] for m in rest["metrics"]] == losses[2:]
+    assert rest["version"] == 5
+    for (_, left), (_, right) in zip(whole["state"], rest["state"], strict=True):
+        assert torch.equal(left, right)
+
+
+@pytest.mark.parametrize(("before", "after"), [(2, 1), (1, 2)])
+def test_a_checkpoint_is_read_by_another_number_of_ranks(
+    folder: Path, tmp_path: Path, before: int, after: int
+) -> None:
+    path = tmp_path / "step-2"
+    saved = learner_ranks.run(before, "train", folder, (1, 3), {}, None, path)[0]
+    loaded = learner_ranks.run(after, "train", folder, (3, 5), {}, path)[0]
+    for (name, left), (_, right) in zip(saved["state"], loaded["loaded"], strict=True):
+        assert torch.equal(left, right), name
+    on = learner_ranks.run(before, "train", folder, (3, 5), {}, path)[0]
+    assert_close(on, loaded)
+
+
+def test_saving_before_the_first_step_changes_nothing(folder: Path, tmp_path: Path) -> None:
+    (plain,) = learner_ranks.run(1, "train", folder, (1, 3), {})
+    path = tmp_path / "step-0"
+    learner_ranks.run(1, "train", folder, (1, 1), {}, None, path)
+    (resumed,) = learner_ranks.run(1, "train", folder, (1, 3), {}, path)
+    assert_close(plain, resumed, atol=0)
+
+
+def test_a_killed_rank_makes_the_other_fail(folder: Path, tmp_path: Path) -> None:
+    processes = learner_ranks.start(2, "die", folder, out=tmp_path)
+    for process in processes:
+        process.join(learner_ranks.SECONDS)
+    assert [process.exitcode for process in processes] == [0, -9]
+    assert torch.load(tmp_path / "0.pt").startswith("failed: ")
+
+
+@pytest.mark.parametrize("world_size", [1, 2])
+def test_a_killed_save_never_looks_complete(folder: Path, tmp_path: Path, world_size: int) -> None:
+    path = tmp_path / "step-1"
+    processes = learner_ranks.start(world_size, "die_in_save", folder, path, out=tmp_path)
+    for process in processes:
+        process.join(learner_ranks.SECONDS)
+    assert processes[0].exitcode == -9
+    assert not path.exists()
+    assert (tmp_path / ".step-1.partial").exists()  # it really was in the middle
+    learner = Learner(learner_ranks.ALGORITHM, LearnerConfig(), folder)
+    for candidate in (path, tmp_path / ".step-1.partial"):
+        with pytest.raises(InputError, match="not a checkpoint, or its saving was interrupted"):
+            learner.load(candidate)
+    learner.save(path)
+    learner.load(path)
+    assert not (tmp_path / ".step-1.partial").exists()
+
+
+def test_two_ranks_export_what_they_hold(folder: Path, tmp_path: Path) -> None:
+    target = tmp_path / "export"
+    state = learner_ranks.run(2, "export", folder, target)[0]["state"]
+    again = Learner(learner_ranks.ALGORITHM, LearnerConfig(), target).full_state()
+    assert all(torch.equal(a[1], b[1]) for a, b in zip(state, again, strict=True))

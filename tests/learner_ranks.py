@@ -1,0 +1,172 @@
+"""Learner ranks as real processes over Gloo, without Ray: `run(world_size, job, ...)` runs one of the JOBS in each and collects what it returns."""
+
+from __future__ import annotations
+
+import multiprocessing
+import os
+import signal
+import socket
+import tempfile
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import torch
+from learner_data import call, random_batch, table
+
+from agl_ray.algorithms.base import make_algorithm
+from agl_ray.config.models import AlgorithmConfig, LearnerConfig
+from agl_ray.learner import fsdp
+from agl_ray.learner.prepare import lay_out
+from agl_ray.learner.step import Learner
+from agl_ray.trajectory.batch import GroupPlan, Member, TrainBatch
+
+SECONDS = 120.0  # a rank that takes longer hangs
+GROUP_SECONDS = 60.0
+ALGORITHM = AlgorithmConfig()
+PRELOAD = [
+    "agl_ray.learner.step",
+    "agl_ray.learner.attention",
+    "torch.distributed.fsdp",
+    "transformers.models.qwen3.modeling_qwen3",
+]
+
+
+def start(world_size: int, job: str, *args: Any, out: Path) -> list[Any]:
+    """The processes of one job, started."""
+    with socket.socket() as free:
+        free.bind(("127.0.0.1", 0))
+        port = free.getsockname()[1]
+    context = multiprocessing.get_context("forkserver")  # imports torch once, not once per process
+    context.set_forkserver_preload(PRELOAD)
+    processes = [
+        context.Process(target=_main, args=(rank, world_size, port, job, args, out), daemon=True)
+        for rank in range(world_size)
+    ]
+    for process in processes:
+        process.start()
+    return processes
+
+
+def run(world_size: int, job: str, *args: Any) -> list[Any]:
+    """What the job returns on each rank."""
+    with tempfile.TemporaryDirectory() as folder:
+        processes = start(world_size, job, *args, out=Path(folder))
+        for process in processes:
+            process.join(SECONDS)
+        codes = [process.exitcode for process in processes]
+        assert codes == [0] * world_size, f"exit codes of the ranks: {codes}"
+        return [torch.load(Path(folder) / f"{rank}.pt") for rank in range(world_size)]
+
+
+def _main(
+    rank: int, world_size: int, port: int, job: str, args: tuple[Any, ...], out: Path
+) -> None:
+    torch.set_num_threads(1)
+    if world_size > 1:
+        fsdp.join_group(rank, world_size, "127.0.0.1", port, "cpu", GROUP_SECONDS)
+    result = JOBS[job](rank, world_size, *args)
+    torch.save(result, out / f"{rank}.pt")
+    fsdp.leave_group()
+
+
+def train(learner: Learner, steps: range, minibatches: int = 1) -> list[dict[str, float]]:
+    """Metrics of these steps on made-up batches, the same for every world size."""
+    rows = []
+    config = learner.config
+    for step in steps:
+        spans, batch = random_batch(9, step=step)
+        payloads = lay_out(
+            spans, batch, learner.algorithm, config, world_size=learner.world_size, seed=0
+        )
+        rows.append(learner.train(payloads[learner.rank]))
+    return rows
+
+
+def make(rank: int, world_size: int, folder: Path, **settings: Any) -> Learner:
+    config = LearnerConfig(**{"tokens_per_microbatch": 50, "warmup_steps": 3, **settings})
+    return Learner(ALGORITHM, config, folder, rank=rank, world_size=world_size)
+
+
+def job_train(
+    rank: int,
+    world_size: int,
+    folder: Path,
+    steps: tuple[int, int],
+    settings: dict[str, Any],
+    load: Path | None = None,
+    save: Path | None = None,
+) -> dict[str, Any]:
+    """Train steps [first, last) after loading `load`; then save to `save`."""
+    learner = make(rank, world_size, folder, **settings)
+    if load is not None:
+        learner.load(load)
+    loaded = learner.full_state()
+    metrics = train(learner, range(*steps))
+    if save is not None:
+        learner.save(save)
+    return {
+        "loaded": loaded,
+        "metrics": metrics,
+        "state": learner.full_state(),
+        "version": learner.version,
+    }
+
+
+def job_one_row(rank: int, world_size: int, folder: Path) -> dict[str, Any]:
+    """A batch of a single row with signal: the second rank has nothing but an idle micro-batch."""
+    learner = make(rank, world_size, folder)
+    spans = table([call("a", [1, 2, 3], [4, 5], logprobs=[-3.9, -3.9])])
+    there = Member(rollout_id="ro-1", attempt_id="at-1", reward=1.0)
+    missing = Member(rollout_id="ro-2", attempt_id="at-2", reward=-9.0)
+    batch = TrainBatch(step=1, groups=(GroupPlan(group_id="g", members=(there, missing)),))
+    made = make_algorithm(ALGORITHM)
+    config = LearnerConfig(tokens_per_microbatch=1)
+    payloads = lay_out(spans, batch, made, config, world_size=world_size, seed=0)
+    metrics = learner.train(payloads[rank])
+    return {"metrics": [metrics], "state": learner.full_state()}
+
+
+def job_die(rank: int, world_size: int, folder: Path) -> str:
+    """Rank 1 is killed after the first step; the others report how their second one fails."""
+    learner = make(rank, world_size, folder)
+    train(learner, range(1, 2))
+    if rank == 1:
+        os.kill(os.getpid(), signal.SIGKILL)
+    try:
+        train(learner, range(2, 3))
+    except RuntimeError as error:
+        return f"failed: {error}"
+    return "did not notice"
+
+
+def job_die_in_save(rank: int, world_size: int, folder: Path, path: Path) -> None:
+    """Killed when the tensors are written but the checkpoint is not complete."""
+    from agl_ray.learner import checkpoint
+
+    learner = make(rank, world_size, folder)
+    train(learner, range(1, 2))
+    save = checkpoint.dcp.save
+
+    def save_and_die(*args: Any, **kwargs: Any) -> None:
+        save(*args, **kwargs)
+        os.kill(os.getpid(), signal.SIGKILL)
+
+    checkpoint.dcp.save = save_and_die
+    learner.save(path)
+
+
+def job_export(rank: int, world_size: int, folder: Path, path: Path) -> dict[str, Any]:
+    learner = make(rank, world_size, folder)
+    train(learner, range(1, 2))
+    learner.export(path)
+    return {"state": learner.full_state()}
+
+
+JOBS: dict[str, Callable[..., Any]] = {
+    "train": job_train,
+    "one_row": job_one_row,
+    "die": job_die,
+    "die_in_save": job_die_in_save,
+    "export": job_export,
+}
