@@ -35,6 +35,7 @@ def check(config: Config = None, overrides: Overrides = None) -> None:
     """
     from agl_ray.config import load_config
     from agl_ray.ops.check import machine_findings
+    from agl_ray.ops.run_folder import base_of
 
     loaded = load_config(config, overrides or []) if config else None
     findings = []
@@ -42,7 +43,7 @@ def check(config: Config = None, overrides: Overrides = None) -> None:
         findings.append(finding)
         show(finding)
     if config and loaded:
-        for finding in config_findings(loaded, Path(config).resolve().parent):
+        for finding in config_findings(loaded, base_of(Path(config))):
             findings.append(finding)
             show(finding)
     problems = sum(finding.state == "problem" for finding in findings)

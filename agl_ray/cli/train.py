@@ -40,15 +40,12 @@ def train(words: Words = None, resume: Resume = None) -> None:
     from agl_ray.trainer import Trainer
 
     config = load_config(path, overrides)
-    # A configuration that lies in its run folder says nothing about where its files are: the run's origin does.
-    own = folder is not None and path.parent == folder
-    base = base_of(path.parent) if own else path.resolve().parent
     setup_logging(None)
     newest = _newest(config.runs_dir)
     try:
-        Trainer(config, config_folder=base, display=make_display()).fit(
-            resume=str(folder) if folder else None
-        )
+        display = make_display(config_file=str(path))
+        trainer = Trainer(config, config_folder=base_of(path), display=display)
+        trainer.fit(resume=str(folder) if folder else None)
     except KeyboardInterrupt:
         run = folder or _newest(config.runs_dir)
         hint = f"; go on with: agl-ray train --resume {run}" if folder or run != newest else ""

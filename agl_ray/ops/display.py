@@ -48,23 +48,30 @@ class Display(Protocol):
     ) -> None: ...
 
 
-def make_display(stream: TextIO | None = None) -> Display:
-    """The live screen where `stream` (stdout) is a terminal that can move its cursor, else plain lines."""
+def make_display(stream: TextIO | None = None, config_file: str | None = None) -> Display:
+    """The live screen where `stream` (stdout) is a terminal that can move its cursor, else plain lines.
+
+    config_file: the file that the person named, for the commands that the last screen proposes.
+    """
     stream = stream or sys.stdout
     if stream.isatty() and os.environ.get("TERM", "dumb") != "dumb":
         from agl_ray.ops.live_display import LiveDisplay
 
-        return LiveDisplay(stream)
-    return PlainDisplay(stream)
+        return LiveDisplay(stream, config_file)
+    return PlainDisplay(stream, config_file)
 
 
 class PlainDisplay:
     """Timestamped lines, each flushed: for logs. Bars become a line each `PROGRESS_EVERY` seconds at most."""
 
     def __init__(
-        self, stream: TextIO | None = None, clock: Callable[[], float] = time.time
+        self,
+        stream: TextIO | None = None,
+        config_file: str | None = None,
+        clock: Callable[[], float] = time.time,
     ) -> None:
         self._stream, self._clock = stream or sys.stdout, clock
+        self._config_file = config_file
         self._said: dict[str, float] = {}
 
     def __enter__(self) -> PlainDisplay:
@@ -97,11 +104,13 @@ class PlainDisplay:
             case Failed():
                 return [f"error: {event.text}"]
             case Done():
-                return (
-                    render_summary(event.summary).splitlines()
-                    if "validation" in event.summary
-                    else []
-                )
+                return self._done(event)
+
+    def _done(self, event: Done) -> list[str]:
+        # The controller's own end carries facts only; the trainer's carries the summary.
+        if "validation" not in event.summary:
+            return []
+        return render_summary(event.summary, config_file=self._config_file).splitlines()
 
     def _phase(self, event: Phase) -> list[str]:
         if event.name in STEP_PHASES:

@@ -37,7 +37,8 @@ SLOTS = {
 class LiveDisplay:
     """Rich's live screen. Bars live below the lines; the closing text replaces them."""
 
-    def __init__(self, stream: TextIO | None = None) -> None:
+    def __init__(self, stream: TextIO | None = None, config_file: str | None = None) -> None:
+        self._config_file = config_file
         self._console = Console(file=stream, highlight=False)
         self._bars = Bars(
             SpinnerColumn(finished_text=" "),
@@ -108,9 +109,9 @@ class LiveDisplay:
 
     def _step(self, event: StepDone) -> None:
         if self._lines % HEADER_EVERY == 0:
-            self._print(header(), "bold")
+            self._print(header(self._console.width), "bold")
         self._lines += 1
-        self._print(aligned(event), None)
+        self._print(aligned(event, self._console.width), None)
         left = self._time_left(event)
         counts = f"{event.step}/{event.steps}  {left}"
         self._bar("steps", "steps", True, event.step, event.steps, counts)
@@ -130,7 +131,9 @@ class LiveDisplay:
         if "validation" in event.summary:
             self._live.stop()
             width = min(self._console.width, 120)
-            self._console.print(Text(render_summary(event.summary, width=width)))
+            text = render_summary(event.summary, width, self._config_file)
+            # Commands and paths stay in one piece, to be copied.
+            self._console.print(Text(text), soft_wrap=True)
 
     def _bar(
         self,

@@ -76,9 +76,11 @@ def find_run(name: str, runs_dir: Path = Path("runs")) -> Path:
     )
 
 
-def base_of(folder: Path) -> Path:
-    """Where the relative paths of a run's configuration are looked up besides the current directory."""
+def base_of(config_file: Path) -> Path:
+    """Where the relative paths of a configuration file are looked up besides the current directory: its folder, or for
+    the config.json of a run what that run was started with."""
+    folder = config_file.resolve().parent
     origin = folder / ORIGIN
-    if not origin.is_file():
-        return Path.cwd()
+    if config_file.name != CONFIG or not origin.is_file():
+        return folder
     return Path(msgspec.json.decode(origin.read_bytes())["base"])

@@ -54,21 +54,27 @@ COLUMNS: list[tuple[str, int, Callable[[Row], str]]] = [
     ("update s", 8, _number("seconds_update", lambda x: f"{x:.1f}")),
     ("failures", 0, _failures),
 ]
-STEP_WIDTH = 9
+STEP_WIDTH = 7
+NARROW = 100  # characters; a narrower screen does without these columns
+LEFT_OUT = ("stale", "dlogp")
 
 
-def header() -> str:
-    """The titles over `aligned` lines."""
-    titles = [f"{title:>{width}}" if width else title for title, width, _ in COLUMNS]
+def _columns(width: int) -> list[tuple[str, int, Callable[[Row], str]]]:
+    return [column for column in COLUMNS if width >= NARROW or column[0] not in LEFT_OUT]
+
+
+def header(width: int = NARROW) -> str:
+    """The titles over `aligned` lines on a screen of `width` characters."""
+    titles = [f"{title:>{wide}}" if wide else title for title, wide, _ in _columns(width)]
     return f"{'step':>{STEP_WIDTH}}  " + "  ".join(titles)
 
 
-def aligned(event: StepDone) -> str:
+def aligned(event: StepDone, width: int = NARROW) -> str:
     """One step under the header."""
     cells = []
-    for _, width, column in COLUMNS:
+    for _, wide, column in _columns(width):
         text = column(event.metrics)
-        cells.append(f"{text:>{width}}" if width else text)
+        cells.append(f"{text:>{wide}}" if wide else text)
     return f"{f'{event.step}/{event.steps}':>{STEP_WIDTH}}  " + "  ".join(cells)
 
 

@@ -9,7 +9,7 @@ Written by the trainer at the end of a run, also of one that failed or was inter
     updates               optimiser steps' batches trained; weight_versions = updates + 1
     max_logprob_diff      largest |learner - engine| log-probability seen, same weights and tokens
     seconds               {setup, sft, rollout, update, sync, idle, total}; idle = total - the others
-    seed, name, run_folder, config_file
+    seed, name, run_folder
     events                sentences: deaths and recoveries, in order
     examples              conversations before and after, of the same held-out rows
 

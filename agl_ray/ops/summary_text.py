@@ -21,15 +21,15 @@ Summary = Mapping[str, Any]
 BAR = 30
 
 
-def render_summary(summary: Summary, width: int = 100) -> str:
-    """The closing text, lines of at most `width` characters."""
+def render_summary(summary: Summary, width: int = 100, config_file: str | None = None) -> str:
+    """The closing text, lines of at most `width` characters; `config_file` is what the proposed commands name."""
     parts = [
         _validation(summary["validation"]),
         _time(summary["seconds"]),
         _attempts(summary, width),
         _examples(summary.get("examples") or [], width),
         _where(summary),
-        _next(summary),
+        _next(summary, config_file),
     ]
     return "\n\n".join(part for part in parts if part) + "\n"
 
@@ -150,13 +150,14 @@ def _where(summary: Summary) -> str:
     if not folder:
         return ""
     return (
-        f"Run folder: {folder}\n"
+        f"Run folder: {_near(folder)}\n"
         "  config.json, metrics.jsonl, summary.json, curves.png, store.db, checkpoints/, export/ (the trained model)"
     )
 
 
-def _next(summary: Summary) -> str:
-    config = summary.get("config_file") or "CONFIG"
+def _next(summary: Summary, config_file: str | None) -> str:
+    folder = summary.get("run_folder")
+    config = config_file or (f"{_near(folder)}/config.json" if folder else "CONFIG")
     program = _program()
     commands = [
         (f"{program} train {config} seed={summary['seed'] + 1}", "the same with another seed"),
@@ -170,7 +171,10 @@ def _next(summary: Summary) -> str:
 def _program() -> str:
     """`agl-ray`, or its path where the shell would not find it (the environment is not activated)."""
     here = Path(sys.executable).parent / "agl-ray"
-    if shutil.which("agl-ray") or not here.exists():
-        return "agl-ray"
-    relative = os.path.relpath(here)
-    return relative if not relative.startswith("..") else str(here)
+    return "agl-ray" if shutil.which("agl-ray") or not here.exists() else _near(str(here))
+
+
+def _near(path: str) -> str:
+    """The path from the current directory, where that is below it."""
+    relative = os.path.relpath(path)
+    return path if relative.startswith("..") else relative

@@ -23,6 +23,7 @@ from agl_ray.ops.events import (
     event_to_dict,
 )
 from agl_ray.ops.live_display import LiveDisplay
+from agl_ray.ops.step_line import aligned, header
 from agl_ray.ops.summary import make_summary
 
 STEPS = 25
@@ -70,7 +71,6 @@ def summary() -> dict[str, object]:
         ],
         examples=[example] * 3,
         run_folder="runs/quickstart-20261120-120000",
-        config_file="configs/quickstart.yaml",
     )
 
 
@@ -120,7 +120,7 @@ def test_events_survive_json() -> None:
 
 def plain() -> list[str]:
     stream = io.StringIO()
-    with PlainDisplay(stream, clock=lambda: 0.0) as display:
+    with PlainDisplay(stream, "configs/quickstart.yaml", clock=lambda: 0.0) as display:
         for event in events():
             display.show(event)
     return stream.getvalue().splitlines()
@@ -162,6 +162,18 @@ def test_the_closing_screen_is_in_both() -> None:
         assert "0.965" in text
         assert "calculator(expression='47+385')" in text
         assert "Try next:" in text
+    assert "train configs/quickstart.yaml seed=1" in "\n".join(plain())
+    assert "train runs/quickstart-20261120-120000/config.json seed=1" in stream.getvalue()
+
+
+def test_a_narrow_screen_has_the_columns_that_fit() -> None:
+    steps = [event for event in events() if isinstance(event, StepDone)]
+    assert all(len(aligned(step, 80)) <= 80 for step in steps if step.step != 9)
+    assert len(header(80)) <= 80
+    assert "dlogp" in header(100)
+    for width in (80, 120):
+        assert aligned(steps[8], width).endswith("  timeout 2")
+        assert header(width).index("failures") == aligned(steps[8], width).index("timeout 2")
 
 
 def test_the_facts_of_a_controller_are_no_closing_screen() -> None:
@@ -184,6 +196,6 @@ def test_the_screen_is_chosen_by_the_stream(monkeypatch: pytest.MonkeyPatch) -> 
 
 
 if __name__ == "__main__":
-    with make_display() as screen:
+    with make_display(config_file="configs/quickstart.yaml") as screen:
         for each in events(0.05):
             screen.show(each)

@@ -23,7 +23,8 @@ def test_a_folder_with_its_configuration(config: RunConfig, tmp_path: Path) -> N
     assert folder.parent == tmp_path / "runs"
     assert folder.name.startswith("small-20")
     assert load_config(folder / "config.json") == config
-    assert base_of(folder) == tmp_path
+    assert base_of(folder / "config.json") == tmp_path
+    assert base_of(folder / "other.yaml") == folder
     assert (tmp_path / "runs" / "latest").resolve() == folder
 
 
