@@ -8,21 +8,32 @@ Test alone: `pytest tests/integration/test_engine_vllm.py` (real vLLM behind a r
 
 from __future__ import annotations
 
+import asyncio
+import multiprocessing
 import os
+import time
 from collections.abc import AsyncGenerator
 from contextlib import aclosing
 from importlib import metadata
 from pathlib import Path
 from typing import Any
 
+from actors.engine_weights import WeightFollower
 from agl_ray.config.models import EngineConfig, RunConfig
 from agl_ray.gateway.engine_api import GenerateChunk, GenerateRequest, GenerateResult, WeightSpans
 from agl_ray.types.errors import EngineError, InputError
+from agl_ray.waits import wait
+from agl_ray.weights.vllm_plugin import BACKEND
 
 VLLM_RANGE = ((0, 32), (0, 33))
 """Tested vLLM versions: from the first, below the second. Before 0.32 an output does not say which weights made each token."""
 
 HEALTH_PERIOD_SECONDS = 2.0
+
+RECEIVE_POLL_SECONDS = 0.003
+
+APPLY_SECONDS = 120.0
+"""Deadline of each step of applying a version: no network in it, only memory."""
 
 
 def check_vllm() -> str:
@@ -100,7 +111,7 @@ def engine_deployment(
 class Engine:
     """One vLLM engine. Constructed by Serve; ready when its weights are the run's current version."""
 
-    async def __init__(
+    async def __init__(  # type: ignore[misc]
         self, config: RunConfig, model_path: str, namespace: str, follow: bool = True
     ) -> None:
         check_vllm()
@@ -111,7 +122,14 @@ class Engine:
         self._version = 0
         self._failure: str | None = None
         self._running = self._requests = self._tokens = 0
+        self._updates, self._pause_seconds = 0, 0.0
+        self._following: asyncio.Task[None] | None = None
         await self._engine.update_weight_version("0")
+        if follow:
+            about = {"replica_id": self.replica_id, "device": _device(config.engine)}
+            follower = WeightFollower(self, namespace, about)
+            await follower.first(config.engine.start_seconds)
+            self._following = asyncio.create_task(follower.run())
 
     async def generate(self, request: GenerateRequest) -> GenerateResult:
         """The whole answer to one call. Held, not refused, while weights change. A cancelled call is aborted in vLLM.
@@ -174,12 +192,15 @@ class Engine:
 
     async def check_health(self) -> None:
         """Called by Serve every 2 s; raising three times in a row makes it replace this replica."""
+        if self._failure is None and self._following is not None and self._following.done():
+            self._failure = f"replica {self.replica_id} stopped following the weights: {self._following.exception()!r}"
         if self._failure is not None:
             raise EngineError(self._failure)
         await self._engine.check_health()
 
     async def stats(self) -> dict[str, Any]:
-        """`replica_id`, `pid`, `version` (weights), `running` calls, `requests` and `tokens` answered since the start."""
+        """`replica_id`, `pid`, `version` (weights), `running` calls, `requests` and `tokens` answered, weight `updates` and
+        `pause_seconds` spent in them, all since the start."""
         return {
             "replica_id": self.replica_id,
             "pid": os.getpid(),
@@ -187,7 +208,57 @@ class Engine:
             "running": self._running,
             "requests": self._requests,
             "tokens": self._tokens,
+            "updates": self._updates,
+            "pause_seconds": self._pause_seconds,
         }
+
+    # What the WeightFollower asks of us -----------------------------------------------------------
+
+    async def receive_weights(self, order: dict[str, Any]) -> dict[str, Any]:
+        """Take a version into the worker's memory while generation goes on; its outcome (`Receiver.outcome`)."""
+        limit, on = order["seconds"], f"the bytes of weight version {order['version']}"
+        deadline = time.monotonic() + limit
+        await wait(self._rpc("agl_receive", order), on=on, seconds=limit)
+        while time.monotonic() < deadline:
+            # An engine in mid-step answers between two steps, so this asks no more often than it can be answered.
+            outcomes = await wait(self._rpc("agl_received"), on=on, seconds=limit)
+            if all(outcome is not None for outcome in outcomes):
+                return next((o for o in outcomes if not o["ok"]), outcomes[0])
+            await asyncio.sleep(RECEIVE_POLL_SECONDS)
+        return {"ok": False, "error": f"{on} did not arrive within {limit:g} s"}
+
+    async def apply_weights(self, version: int) -> float:
+        """Load the received version with all calls held; seconds of the pause. After an error the weights are in pieces: see `fail`.
+
+        Calls in flight keep their tokens; their cached attention of the old weights is thrown away and computed anew, and so is the
+        prefix cache, so that every later token is what the new weights alone would say."""
+        from vllm.distributed.weight_transfer.base import WeightTransferUpdateRequest
+
+        engine, start = self._engine, time.monotonic()
+        update = WeightTransferUpdateRequest({"version": version})
+        for what, step in (
+            ("pause", lambda: engine.pause_generation(mode="keep", clear_cache=False)),
+            ("open its weights", engine.start_weight_update),
+            ("load the weights", lambda: engine.update_weights(update)),
+            ("close its weights", lambda: engine.finish_weight_update(weight_version=str(version))),
+            ("drop its caches", lambda: engine.reset_prefix_cache(reset_running_requests=True)),
+            ("resume", engine.resume_generation),
+        ):
+            await wait(step(), on=f"the engine core to {what}", seconds=APPLY_SECONDS)
+        pause = time.monotonic() - start
+        self._version, self._updates = version, self._updates + 1
+        self._pause_seconds += pause
+        return pause
+
+    def fail(self, why: str) -> None:
+        """Kill the engine core: calls in flight end as EngineError rather than go on with broken weights, and Serve replaces us."""
+        self._failure = why
+        for child in multiprocessing.active_children():
+            child.kill()
+
+    async def _rpc(self, method: str, *args: Any) -> list[Any]:
+        answers: list[Any] = await self._engine.collective_rpc(method, args=args)
+        return answers
 
     def __del__(self) -> None:
         if engine := getattr(self, "_engine", None):
@@ -206,6 +277,10 @@ def _replica_identity() -> tuple[str, int]:
     return f"{context.replica_id.unique_id}:{os.getpid()}", int(getattr(context.rank, "rank", 0))
 
 
+def _device(config: EngineConfig) -> str:
+    return "cuda" if config.num_gpus else "cpu"
+
+
 def _check_folder(folder: Path) -> None:
     if not (folder / "config.json").is_file():
         raise InputError(f"{folder} is no model folder: it has no config.json")
@@ -217,6 +292,7 @@ def _check_folder(folder: Path) -> None:
 
 def _start_vllm(config: RunConfig, model_path: str, seed: int) -> Any:
     from vllm import AsyncEngineArgs
+    from vllm.config import WeightTransferConfig
     from vllm.v1.engine.async_llm import AsyncLLM
 
     engine = config.engine
@@ -230,6 +306,7 @@ def _start_vllm(config: RunConfig, model_path: str, seed: int) -> Any:
         "logprobs_mode": "processed_logprobs",
         "enable_prefix_caching": True,
         "disable_log_stats": True,
+        "weight_transfer_config": WeightTransferConfig(backend=BACKEND),
         "worker_extension_cls": "agl_ray.weights.vllm_plugin.WorkerExtension",
     }
     if engine.num_gpus == 0:

@@ -47,7 +47,7 @@ class Receiver:
         ).start()
 
     def outcome(self) -> dict[str, Any] | None:
-        """None while under way; then {"ok", "checksum" (hex, of what arrived), "seconds", "error"}."""
+        """None while under way; then {"ok", "checksum" (hex, of what arrived), "receive_seconds", "error"}."""
         return self._job.outcome if self._job is not None else None
 
     def take(self, version: int) -> Iterator[tuple[str, torch.Tensor]]:
@@ -72,11 +72,13 @@ class Receiver:
         try:
             checksum = self._receive(job)
         except Exception as error:  # noqa: BLE001  the thread's end: the error is the outcome
-            self._channel.drop() if self._job is job else None
+            if self._job is job:
+                self._channel.drop()
             job.flats.clear()
             job.outcome = {"ok": False, "error": f"{type(error).__name__}: {error}"}
         else:
-            job.outcome = {"ok": True, "checksum": checksum, "seconds": time.monotonic() - start}
+            seconds = time.monotonic() - start
+            job.outcome = {"ok": True, "checksum": checksum, "receive_seconds": seconds}
 
     def _receive(self, job: _Job) -> str:
         verifier = Verifier(job.manifest)

@@ -84,6 +84,7 @@ class WeightSender:
         start = time.monotonic()
         answer: dict[str, Any] = {"version": self.version, "transport": order["transport"]}
         if order["transport"] == "object_store":
+            _channel.drop()  # an earlier order may still be joining a group that will never be whole
             answer["refs"] = self._put()
         else:
             self._broadcast(msgspec.convert(order["group"] | {"rank": 0}, GroupSpec))

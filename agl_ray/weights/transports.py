@@ -8,6 +8,7 @@ Test alone: `pytest tests/unit/test_weights_transports.py` (two threads, one mac
 
 from __future__ import annotations
 
+import socket
 import threading
 import time
 import uuid
@@ -36,7 +37,9 @@ class GroupSpec(msgspec.Struct, frozen=True, kw_only=True):
     """0 is the sender."""
     world: int
     seconds: float
-    """Time limit of joining, and of each broadcast."""
+    """Time limit of each broadcast."""
+    join_seconds: float
+    """Time limit of joining: short, since all members are asked at the same moment."""
 
 
 class TransferGroup:
@@ -45,16 +48,33 @@ class TransferGroup:
     def __init__(self, spec: GroupSpec, interrupt: threading.Event) -> None:
         limit = timedelta(seconds=spec.seconds)
         self.spec = spec
+        self._limit = limit
+        self._device = torch.device("cuda" if spec.backend == "nccl" else "cpu")
+        try:
+            self._join(interrupt)
+        except (RuntimeError, OSError) as error:
+            if isinstance(error, WeightSyncError):
+                raise
+            raise WeightSyncError(
+                f"joining transfer group {spec.id} at {spec.host}:{spec.port} failed: {error}"
+            ) from error
+
+    def _join(self, interrupt: threading.Event) -> None:
+        spec, limit = self.spec, self._limit
+        # A TCPStore client tries a refused port again and again; a sender that is gone should be noticed now.
+        socket.create_connection((spec.host, spec.port), timeout=spec.join_seconds).close()
         self._store = dist.TCPStore(
-            spec.host, spec.port, is_master=False, timeout=limit, wait_for_workers=False
+            spec.host,
+            spec.port,
+            is_master=False,
+            timeout=timedelta(seconds=spec.join_seconds),
+            wait_for_workers=False,
         )
         scope = dist.PrefixStore(spec.id, self._store)
         _meet(scope, spec, interrupt)
-        self._device = torch.device("cuda" if spec.backend == "nccl" else "cpu")
         self._pg: Any = (
             _nccl(scope, spec, limit) if spec.backend == "nccl" else _gloo(scope, spec, limit)
         )
-        self._limit = limit
 
     def broadcast(self, flat: torch.Tensor) -> None:
         """Bring rank 0's bytes into `flat` (uint8, CPU, contiguous; the same size everywhere) of every member."""
@@ -119,7 +139,7 @@ def _meet(scope: Any, spec: GroupSpec, interrupt: threading.Event) -> None:
     """Wait until every member is there, so that building the communicator itself cannot block on a dead peer."""
     scope.set(f"here/{spec.rank}", "1")
     everyone = [f"here/{rank}" for rank in range(spec.world)]
-    deadline = time.monotonic() + spec.seconds
+    deadline = time.monotonic() + spec.join_seconds
     while True:
         try:
             scope.wait(everyone, _SLICE)
@@ -134,7 +154,7 @@ def _meet(scope: Any, spec: GroupSpec, interrupt: threading.Event) -> None:
             if time.monotonic() > deadline:
                 missing = [key.removeprefix("here/") for key in everyone if not scope.check([key])]
                 raise WeightSyncError(
-                    f"ranks {', '.join(missing)} of {spec.world} did not join transfer group {spec.id} within {spec.seconds:g} s"
+                    f"ranks {', '.join(missing)} of {spec.world} did not join transfer group {spec.id} within {spec.join_seconds:g} s"
                 ) from None
         else:
             return
@@ -156,8 +176,6 @@ def _nccl(scope: Any, spec: GroupSpec, limit: timedelta) -> Any:
 
 def own_address(peer: str) -> str:
     """The address of this machine on the route to `peer` (no packet is sent)."""
-    import socket
-
     family = socket.AF_INET6 if ":" in peer else socket.AF_INET
     with socket.socket(family, socket.SOCK_DGRAM) as probe:
         probe.connect((peer, 9))

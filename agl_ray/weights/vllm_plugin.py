@@ -1,6 +1,12 @@
-"""What we put into vLLM's own processes (entry point `vllm.general_plugins`).
+"""What we put into vLLM's own processes: the weight-transfer engine `agl`, the worker methods that feed it, and a parent watch.
 
-vLLM calls `register` in each of its processes.
+Called by: vLLM (entry point `vllm.general_plugins` -> `register`, in each of its processes; `WorkerExtension` through `worker_extension_cls`),
+driven by actors/engine.py through `collective_rpc`. With actors/engine.py the only place that knows vLLM.
+Test: `pytest tests/integration/test_weights_engine.py` (needs a real vLLM engine).
+
+An update has two parts. Receiving (`agl_receive`, then `agl_received` until it answers) runs in a thread of the worker while generation goes
+on, into host memory. Applying (`start_weight_update`, `update_weights`, `finish_weight_update`) loads what was received; only for that is the
+engine paused, and nothing of the network can fail in it.
 """
 
 from __future__ import annotations
@@ -9,19 +15,28 @@ import multiprocessing
 import multiprocessing.connection
 import os
 import threading
+from typing import Any
+
+BACKEND = "agl"
+"""Name of our engine in vLLM's `WeightTransferConfig`."""
 
 _watching = False
 
 
 def register() -> None:
-    """Register the weight-transfer engine `agl`; in a child process of our engine, die with the parent."""
+    """Register the engine `agl` in vLLM's factory; in a child process of our engine actor, die with the parent. Idempotent."""
+    from vllm.distributed.weight_transfer.factory import WeightTransferEngineFactory
 
+    if BACKEND not in WeightTransferEngineFactory._registry:
+        WeightTransferEngineFactory.register_engine(
+            BACKEND, "agl_ray.weights.vllm_transfer", "AglWeightTransferEngine"
+        )
     if os.environ.get("AGL_RAY_ENGINE") == "1":
         _die_with_parent()
 
 
 def _die_with_parent() -> None:
-    """An engine core outlives a replica killed by `kill -9` and keeps its memory and cores: watch the parent, exit with it."""
+    """An engine core would outlive a replica killed by `kill -9`, with its memory and its core: watch the parent, exit with it."""
     global _watching
     parent = multiprocessing.parent_process()
     if parent is None or _watching:
@@ -37,4 +52,15 @@ def _die_with_parent() -> None:
 
 
 class WorkerExtension:
-    pass
+    """Methods added to vLLM's worker class, for `collective_rpc`; each worker answers for itself."""
+
+    weight_transfer_engine: Any
+
+    def agl_receive(self, order: dict[str, Any]) -> None:
+        """Start to receive a weight version (see `Receiver.begin`)."""
+        self.weight_transfer_engine.receiver.begin(order)
+
+    def agl_received(self) -> dict[str, Any] | None:
+        """None while it is under way, then its outcome (see `Receiver.outcome`)."""
+        outcome: dict[str, Any] | None = self.weight_transfer_engine.receiver.outcome()
+        return outcome

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import socket
 import threading
 import time
 from pathlib import Path
@@ -36,6 +37,7 @@ def order(
         "rank": rank,
         "world": world,
         "seconds": seconds,
+        "join_seconds": seconds,
     }
     return {
         "version": sender.version,
@@ -87,6 +89,19 @@ def test_a_peer_that_never_comes_is_named() -> None:
         WeightSyncError, match=r"ranks 1 of 2 did not join transfer group alone within 0\.3 s"
     ):
         sender.send(order(sender, "alone", 0, 2, seconds=0.3))
+
+
+def test_a_sender_that_is_gone_is_noticed_at_once() -> None:
+    sender = make(1)
+    gone = order(sender, "gone", 1, 2, seconds=60)
+    with socket.socket() as free:
+        free.bind((HOST, 0))
+        gone["group"]["port"] = free.getsockname()[1]
+    receiver = Receiver()
+    receiver.begin(gone)
+    found = outcome(receiver)
+    assert not found["ok"]
+    assert "joining transfer group gone at 127.0.0.1" in found["error"]
 
 
 def test_a_newer_order_supersedes_one_that_is_still_joining() -> None:
