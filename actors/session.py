@@ -42,6 +42,7 @@ from agl_ray.waits import get
 APPLICATION = "agl_ray"
 STOP = 3.0  # seconds the controller gets to end runners and learner
 EXAMPLES = 3
+REASON = 1500  # characters of Serve's own message that are shown
 START = 120.0  # seconds for a plain actor to start
 
 
@@ -53,6 +54,8 @@ class RunSession:
         self.namespace = folder.name
         self._stack = contextlib.ExitStack()
         self._store: LightningStore | None = None
+        self._rows: list[ray.ObjectRef] = []
+        self._sync: ActorHandle | None = None  # held: Ray ends an actor whose last handle is gone
 
     def __enter__(self) -> RunSession:
         if threading.current_thread() is threading.main_thread():
@@ -83,7 +86,7 @@ class RunSession:
         self._store = create_store(
             "store", self.namespace, url, cache_mib=self.config.store.cache_mib
         )
-        create_weight_sync(self.config, self.namespace)
+        self._sync = create_weight_sync(self.config, self.namespace)
 
     def make_model(self, recipe: str, base: Path, folder: Path) -> None:
         """Make the base model in a process of its own; `folder` appears only when it is whole."""
@@ -107,6 +110,8 @@ class RunSession:
         self, agent: Any, rows: list[Any], held_out: list[Any], base: Path, model_path: Path
     ) -> ActorHandle:
         """The controller; the learner comes up inside its `boot`, which `start_serving` begins."""
+        # Owned by this process and handed over by reference, so that a restarted controller finds them again.
+        self._rows = [ray.put(rows), ray.put(held_out)]
         controller: ActorHandle = (
             ray.remote(Controller)
             .options(
@@ -123,8 +128,7 @@ class RunSession:
                 base=str(base),
                 model_path=str(model_path),
                 agent=agent,
-                rows=rows,
-                held_out=held_out,
+                rows=self._rows,
             )
         )
         self._stack.callback(self._stop_controller, controller)
@@ -228,7 +232,9 @@ def _reason(status: Any) -> str:
     if status is None:
         return "Serve knows nothing of it yet"
     parts = [status.message, *(f"{name}: {d.message}" for name, d in status.deployments.items())]
-    return " ".join(part.strip() for part in parts if part.strip())[:2000]
+    text = "\n".join(part.strip() for part in parts if part.strip())
+    # The cause stands at the end of a remote traceback.
+    return text if len(text) <= REASON else f"...{text[-REASON:]}"
 
 
 def _interrupt(number: int, frame: FrameType | None) -> None:

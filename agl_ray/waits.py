@@ -15,7 +15,7 @@ from collections.abc import Awaitable, Iterator
 from contextlib import contextmanager
 from typing import Any, TypeVar
 
-from agl_ray.types.errors import WaitTimeout
+from agl_ray.types.errors import AglError, WaitTimeout
 
 T = TypeVar("T")
 
@@ -60,7 +60,10 @@ async def _as_coroutine(awaitable: Awaitable[T]) -> T:
 
 
 def get(ref: Any, *, on: str, seconds: float, hint: str = "") -> Any:
-    """`ray.get` (of one ref or a list) with a name and a deadline, for code that is not async."""
+    """`ray.get` (of one ref or a list) with a name and a deadline, for code that is not async.
+
+    Our own errors arrive as they were raised, without Ray's remote traceback around their sentence.
+    """
     import ray
 
     with _registered(on, seconds):
@@ -68,3 +71,7 @@ def get(ref: Any, *, on: str, seconds: float, hint: str = "") -> Any:
             return ray.get(ref, timeout=seconds)
         except ray.exceptions.GetTimeoutError as error:
             raise WaitTimeout(on, seconds, hint) from error
+        except ray.exceptions.RayTaskError as error:
+            if isinstance(error.cause, AglError):
+                raise error.cause from error
+            raise
