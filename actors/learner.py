@@ -32,12 +32,35 @@ from agl_ray.types.rollout import EndReason
 
 if TYPE_CHECKING:
     import pyarrow as pa
-    from agl_ray.store.client import LightningStore
-    from agl_ray.weights.sender import WeightSender
 
     from agl_ray.learner.prepare import Payload
     from agl_ray.learner.step import Learner
+    from agl_ray.store.client import LightningStore
     from agl_ray.trajectory.batch import TrainBatch
+    from agl_ray.weights.sender import WeightSender
+
+
+async def _read(store: LightningStore, batch: TrainBatch, seconds: float) -> pa.Table:
+    """The spans of the batch's attempts, all of which must have ended `ok`. No method: an async one would make Ray run all on one loop."""
+    attempts = await waits.wait(
+        store.get_attempts([member.rollout_id for member in batch.members]),
+        on=f"the store's attempts of training step {batch.step}",
+        seconds=seconds,
+    )
+    ended = {(attempt.rollout_id, attempt.attempt_id): attempt for attempt in attempts}
+    for member in batch.members:
+        attempt = ended.get((member.rollout_id, member.attempt_id))
+        if attempt is None or attempt.end_reason != EndReason.OK:
+            reason = "is not the rollout's latest" if attempt is None else attempt.end_reason
+            raise RunError(
+                f"training step {batch.step}: expected attempt {member.attempt_id} of rollout {member.rollout_id} to have "
+                f"ended ok, got: {reason}; a failure is never a reward"
+            )
+    return await waits.wait(
+        store.read_spans(batch.attempts),
+        on=f"the store's spans of training step {batch.step}",
+        seconds=seconds,
+    )
 
 
 class PeerLost(RunError):
@@ -100,7 +123,7 @@ class LearnerRank:
 
         learner = self._ready()
         started = time.perf_counter()
-        spans = asyncio.run(self._read(store, batch))
+        spans = asyncio.run(_read(store, batch, self.config.learner.step_timeout_seconds))
         read = time.perf_counter() - started
         payloads = lay_out(
             spans,
@@ -114,28 +137,6 @@ class LearnerRank:
             ray.put(replace(payload, stats={**payload.stats, "seconds_read": read}))
             for payload in payloads
         ]
-
-    async def _read(self, store: LightningStore, batch: TrainBatch) -> pa.Table:
-        seconds = self.config.learner.step_timeout_seconds
-        attempts = await waits.wait(
-            store.get_attempts([member.rollout_id for member in batch.members]),
-            on=f"the store's attempts of training step {batch.step}",
-            seconds=seconds,
-        )
-        ended = {(attempt.rollout_id, attempt.attempt_id): attempt for attempt in attempts}
-        for member in batch.members:
-            attempt = ended.get((member.rollout_id, member.attempt_id))
-            if attempt is None or attempt.end_reason != EndReason.OK:
-                reason = "is not the rollout's latest" if attempt is None else attempt.end_reason
-                raise RunError(
-                    f"training step {batch.step}: expected attempt {member.attempt_id} of rollout {member.rollout_id} to have "
-                    f"ended ok, got: {reason}; a failure is never a reward"
-                )
-        return await waits.wait(
-            store.read_spans(batch.attempts),
-            on=f"the store's spans of training step {batch.step}",
-            seconds=seconds,
-        )
 
     def train(self, payload: Payload | ray.ObjectRef) -> dict[str, float]:
         """One training step on this rank's payload; the metrics of learner/step.py."""

@@ -180,14 +180,9 @@ def _tree(
 
 
 def _temperature(attributes: list[tuple[str, str]] | None) -> float:
-    """The temperature in a call's `sampling` attribute, or in that of its `request`; 1 where neither says."""
+    """The sampling temperature in a call's `request` attribute (gateway/record.py); 1 where it says none."""
     found = dict(attributes or ())
-    if "sampling" in found:
-        sampling = json.loads(found["sampling"])
-    elif "request" in found:
-        sampling = json.loads(found["request"]).get("sampling") or {}
-    else:
-        return 1.0
+    sampling = json.loads(found.get("request", "{}")).get("sampling") or {}
     return float(sampling.get("temperature", 1.0))
 
 

@@ -97,7 +97,7 @@ def test_attempts_stay_apart_and_other_spans_are_passed_over() -> None:
 
 
 def test_a_failed_or_greedy_call_is_context_only() -> None:
-    cold = {"sampling": {"temperature": 0.0}}
+    cold = {"request": {"sampling": {"temperature": 0.0}}}
     warm = {"request": {"messages": [], "sampling": {"temperature": 0.5}}}
     built = rows_of(
         call("a", [1], [2], status="ERROR"),
