@@ -40,7 +40,7 @@ from agl_ray.schedule import WindowedQueue
 from agl_ray.store import LightningStore
 from agl_ray.trajectory.batch import GroupPlan, TrainBatch
 from agl_ray.types import LLM, RunError, from_json, to_json
-from agl_ray.waits import get, wait
+from agl_ray.waits import wait
 
 LEARNER_RESTARTS = 5  # in one run; more is a fault that restarting does not mend
 MODEL_NAME = "main"
@@ -50,7 +50,7 @@ POSITION = "run/position"
 class Controller:
     """One run. `boot` makes the learner and the first weights, `run` trains, `events` tells, `stop` ends.
 
-    config: RunConfig as a dictionary. rows: refs of the training rows and of the held-out rows. agent: a LitAgent or its import string (with `base`).
+    config: RunConfig as a dictionary. agent: a LitAgent or its import string (with `base`).
     """
 
     def __init__(
@@ -62,13 +62,13 @@ class Controller:
         base: str,
         model_path: str,
         agent: LitAgent | str,
-        rows: list[ray.ObjectRef],
     ) -> None:
         self.config = RunConfig.model_validate(config)
         self.namespace, self.base, self.model_path = namespace, base, model_path
         self.folder = Path(run_folder)
         self.agent = agent
-        self.rows, self.held_out = get(rows, on="the driver's rows", seconds=120)
+        self.rows: list[Any] = []
+        self.held_out: list[Any] = []
         self.store = LightningStore.connect("store", namespace=namespace)
         self.sync: ActorHandle = ray.get_actor("weight_sync", namespace=namespace)
         self.learners = LearnerGroup(self.config, model_path, namespace, self.folder)
@@ -121,11 +121,14 @@ class Controller:
 
     # Setting up -----------------------------------------------------------------------------------
 
-    async def boot(self) -> int:
+    async def boot(self, rows: list[ray.ObjectRef]) -> int:
         """Learner up, weights of the run's position staged and in the engines; returns that version.
 
-        Runs beside the start of the engines: each of them waits for these first weights before it serves.
+        rows: refs of the training rows and of the held-out rows, owned by the driver. Runs beside the start of the engines: each of them waits for these first weights before it serves.
         """
+        self.rows, self.held_out = await wait(
+            asyncio.gather(*rows), on="the driver's rows", seconds=120
+        )
         saved = await self.store.get_state(POSITION)
         if saved is not None:
             self.ledger = from_json(saved, Ledger)

@@ -110,7 +110,6 @@ class RunSession:
         self, agent: Any, rows: list[Any], held_out: list[Any], base: Path, model_path: Path
     ) -> ActorHandle:
         """The controller; the learner comes up inside its `boot`, which `start_serving` begins."""
-        # Owned by this process and handed over by reference, so that a restarted controller finds them again.
         self._rows = [ray.put(rows), ray.put(held_out)]
         controller: ActorHandle = (
             ray.remote(Controller)
@@ -128,7 +127,6 @@ class RunSession:
                 base=str(base),
                 model_path=str(model_path),
                 agent=agent,
-                rows=self._rows,
             )
         )
         self._stack.callback(self._stop_controller, controller)
@@ -140,9 +138,14 @@ class RunSession:
             get(controller.stop.remote(), on="the controller to stop", seconds=STOP)
         ray.kill(controller)
 
+    def boot(self, controller: ActorHandle) -> ray.ObjectRef:
+        """Let the controller (new or restarted) bring up the learner and the first weights."""
+        boot: ray.ObjectRef = controller.boot.remote(self._rows)
+        return boot
+
     def start_serving(self, controller: ActorHandle, model_path: Path) -> str:
         """Gateway and engines on Serve, while the learner boots and stages the first weights; the gateway's root URL."""
-        boot = controller.boot.remote()
+        boot = self.boot(controller)
         host, port = start_serve(self.config)
         self._stack.callback(serve.shutdown)
         engine = engine_deployment(self.config, str(model_path), self.namespace)

@@ -103,7 +103,9 @@ class Trainer:
 
     # Running --------------------------------------------------------------------------------------
 
-    def _run(self, session: Any, agent: Any, rows: list[Any], held_out: list[Any]) -> dict[str, Any]:
+    def _run(
+        self, session: Any, agent: Any, rows: list[Any], held_out: list[Any]
+    ) -> dict[str, Any]:
         with self._phase("setup"):
             session.start_services()
         model_path = self._model(session)
@@ -139,7 +141,7 @@ class Trainer:
                 )
                 get(controller.ping.remote(), on="the controller to restart", seconds=120)
                 get(
-                    controller.boot.remote(),
+                    session.boot(controller),
                     on="the restarted controller to boot",
                     seconds=self.config.engine.start_seconds,
                 )
