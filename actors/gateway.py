@@ -19,7 +19,7 @@ import random
 import shutil
 import socket
 import tempfile
-from collections.abc import AsyncIterator
+from collections.abc import AsyncGenerator, Iterator
 from pathlib import Path
 from typing import Any
 
@@ -52,7 +52,9 @@ class HandleEngine:
                 raise
         return result
 
-    async def generate_stream(self, request: GenerateRequest) -> AsyncIterator[GenerateChunk]:
+    async def generate_stream(
+        self, request: GenerateRequest
+    ) -> AsyncGenerator[GenerateChunk, None]:
         response = self._stream.remote(request)
         finished = False
         try:
@@ -66,7 +68,7 @@ class HandleEngine:
 
 
 @contextlib.contextmanager
-def _engine_errors() -> Any:
+def _engine_errors() -> Iterator[None]:
     """Ray's and Serve's exceptions as ours: a dead replica is `EngineLost`, anything else that the engine raised EngineError."""
     from grpc.aio import AioRpcError
     from ray.exceptions import RayActorError, RayTaskError, TaskCancelledError

@@ -121,9 +121,11 @@ class FakeEngine:
         self.requests: list[GenerateRequest] = []
         self.aborted: list[str] = []
         self.hold: asyncio.Event | None = None
+        self.asked = asyncio.Event()
 
     async def _answer(self, request: GenerateRequest) -> GenerateResult:
         self.requests.append(request)
+        self.asked.set()
         try:
             if self.hold is not None:
                 await self.hold.wait()

@@ -21,7 +21,6 @@ from agl_ray.gateway.session import Session
 from agl_ray.types import LLM, Attempt, Conflict, NotFound, ResourcesUpdate, Rollout, WaitTimeout
 from agl_ray.waits import wait
 
-
 CHECK_SECONDS = 2.0  # an attempt that has ended may make calls for so long
 
 

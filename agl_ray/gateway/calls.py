@@ -53,12 +53,11 @@ class Call:
     def ids(self, point: Point) -> list[int]:
         """The exact ids of the whole sequence up to a point."""
         parts: list[tuple[int, ...]] = []
-        call, upto = self, point
-        while True:
+        call: Call | None = self
+        upto: Point | None = point
+        while call is not None and upto is not None:
             parts.append(call.response_ids[: call.num_ids(upto) - call.num_prompt_ids])
             parts.append(call.rest_ids)
-            if call.parent is None or call.point is None:
-                break
             call, upto = call.parent, call.point
         return list(itertools.chain.from_iterable(reversed(parts)))
 

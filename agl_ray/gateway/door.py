@@ -12,7 +12,7 @@ from __future__ import annotations
 import asyncio
 import logging
 import time
-from collections.abc import AsyncIterator, Callable, Mapping
+from collections.abc import AsyncGenerator, Callable
 from contextlib import aclosing
 from dataclasses import dataclass, field
 from typing import Any, Protocol
@@ -43,7 +43,7 @@ class EngineClient(Protocol):
 
     async def generate(self, request: GenerateRequest) -> GenerateResult: ...
 
-    def generate_stream(self, request: GenerateRequest) -> AsyncIterator[GenerateChunk]: ...
+    def generate_stream(self, request: GenerateRequest) -> AsyncGenerator[GenerateChunk, None]: ...
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -111,7 +111,7 @@ class Door:
 
     async def chat_stream(
         self, path: CallPath, request: CallRequest
-    ) -> AsyncIterator[Streamed | CallResult]:
+    ) -> AsyncGenerator[Streamed | CallResult, None]:
         """As `chat`: pieces as they become certain, then the CallResult, which comes when the span is in the store."""
         live = await self.attempts.open(path)
         try:
@@ -229,14 +229,14 @@ class Door:
         )
         await asyncio.sleep(RETRY_SECONDS)
 
-    async def _stream(self, call: Open, visible: Visible) -> AsyncIterator[Streamed]:
+    async def _stream(self, call: Open, visible: Visible) -> AsyncGenerator[Streamed, None]:
         """Pieces of a streamed answer. Until the caller has seen any of it, a lost engine is replaced as in `_generate`."""
         loop = asyncio.get_running_loop()
         number = 0
         while True:
             stream = self._engine.generate_stream(self._engine_request(call, number))
             try:
-                async with aclosing(stream) as chunks:  # type: ignore[type-var]
+                async with aclosing(stream) as chunks:
                     while True:
                         chunk = await wait(
                             anext(chunks, None),
@@ -335,7 +335,7 @@ class Streamed:
 
     text: str = ""
     token_ids: list[int] = field(default_factory=list)
-    entries: list[Mapping[str, Any]] = field(default_factory=list)
+    entries: list[dict[str, Any]] = field(default_factory=list)
     call_id: str | None = None
     created: int = 0  # seconds since the epoch
     prompt_ids: list[int] = field(default_factory=list)

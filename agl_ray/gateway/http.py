@@ -13,7 +13,7 @@ from __future__ import annotations
 import asyncio
 import contextlib
 import logging
-from collections.abc import AsyncIterator, Awaitable, Callable, MutableMapping
+from collections.abc import AsyncGenerator, Awaitable, Callable, MutableMapping
 from contextlib import aclosing
 from typing import Any
 
@@ -56,8 +56,8 @@ class GatewayApp:
             logger.info("caller of %s went away", scope["path"])
         except Exception:
             logger.exception("call of %s failed in the gateway", scope["path"])
-            refusal = Refusal(500, "the gateway failed; its log says why", kind="server_error")
-            await _respond(send, 500, refusal.body())
+            failure = Refusal(500, "the gateway failed; its log says why", kind="server_error")
+            await _respond(send, failure.status, failure.body())
             raise
 
     async def _answer(self, scope: Scope, receive: Receive, send: Send) -> None:
@@ -111,7 +111,7 @@ class GatewayApp:
             await send({"type": "http.response.body", "body": event, "more_body": True})
         await send({"type": "http.response.body", "body": b"", "more_body": False})
 
-    async def _events(self, path: CallPath, request: CallRequest) -> AsyncIterator[bytes]:
+    async def _events(self, path: CallPath, request: CallRequest) -> AsyncGenerator[bytes, None]:
         writer: chat_answer.ChunkWriter | None = None
         sent = 0
         async with aclosing(self._door.chat_stream(path, request)) as pieces:

@@ -48,6 +48,7 @@ class Visible:
         self.sent = ""
         self._renderer, self._request = renderer, request
         self._detokenizer = Detokenizer(renderer, keep_special=request.parse_tools)
+        self._pending: list[int] = []
         self._text = ""
         self._marks = list(stop)
         if request.parse_tools and renderer.tool_start is not None:
@@ -67,9 +68,12 @@ class Visible:
             tokens = self._renderer.token_texts(chunk.response_ids)
             pairs = zip(tokens, chunk.logprobs, strict=True)
             entries = [logprob_entry(*pair) for pair in pairs]
-        ids = chunk.response_ids
+        ids = [*self._pending, *chunk.response_ids]
+        self._pending = []
         if chunk.finish_reason == "stop" and not isinstance(chunk.stop_reason, str):
             ids = ids[:-1]  # the end-of-turn id is not shown
+        elif chunk.finish_reason is None and ids and ids[-1] in self._renderer.stop_ids:
+            self._pending = [ids.pop()]  # the next chunk says whether the turn ended here
         self._text += self._detokenizer.push(ids)
         certain = "" if self._hold_all else self._text[: self._certain()]
         text = certain[len(self.sent) :]

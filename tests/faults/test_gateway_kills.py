@@ -1,0 +1,67 @@
+"""Deaths behind and of the gateway: a killed engine replica costs a retry, a killed gateway costs nothing that was acknowledged."""
+
+from __future__ import annotations
+
+import time
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any
+
+import openai
+import pytest
+from gateway_fakes import TOOL
+from gateway_system import System, start
+
+
+@pytest.fixture(scope="module")
+def system(scratch: Path) -> Iterator[System]:
+    running = start(scratch / "k")
+    yield running
+    running.stop()
+
+
+def say(text: str) -> dict[str, Any]:
+    return {"role": "user", "content": text}
+
+
+def test_a_call_whose_engine_dies_is_answered_by_the_next_one(system: System) -> None:
+    """The client does not retry; the gateway does."""
+    one = system.attempt()
+    answer = system.client(one).chat.completions.create(model="tiny", messages=[say("die early")])
+    assert answer.choices[0].message.content == "early"
+    chunks = system.client(one).chat.completions.create(
+        model="tiny", messages=[say("die again")], stream=True
+    )
+    text = "".join(chunk.choices[0].delta.content or "" for chunk in chunks)
+    assert text == "again"
+    state = system.state(one)
+    assert (state["calls"], state["engine_errors"]) == (2, 0)
+
+
+def test_a_killed_gateway_goes_on_where_it_was(system: System) -> None:
+    one = system.attempt()
+    client = system.client(one, max_retries=0, timeout=20)
+    messages: list[Any] = [say("call 47+385")]
+    first = client.chat.completions.create(model="tiny", messages=messages, tools=[TOOL])
+    message = first.choices[0].message
+    messages += [
+        message,
+        {"role": "tool", "tool_call_id": message.tool_calls[0].id, "content": "432"},
+    ]
+    messages.append(say("say 432"))
+    system.ask("kill_gateway")
+    deadline = time.monotonic() + 240
+    while True:
+        try:
+            second = client.chat.completions.create(model="tiny", messages=messages, tools=[TOOL])
+            break
+        except (openai.APIConnectionError, openai.InternalServerError):
+            assert time.monotonic() < deadline, "no gateway came back"
+            time.sleep(0.5)
+    assert second.choices[0].message.content == "432"
+    spans = system.spans(one)
+    assert spans[1]["parent_call"] == spans[0]["span_id"]
+    assert spans[1]["parent_tokens"] == len(spans[0]["prompt_ids"]) + len(spans[0]["response_ids"])
+    assert [span["attributes"]["agl.retokenized_tokens"] for span in spans] == [0, 0]
+    state = system.state(one)
+    assert (state["calls"], state["retokenized_tokens"], state["branches"]) == (2, 0, 0)

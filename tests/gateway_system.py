@@ -1,0 +1,234 @@
+"""A whole serving system for the gateway's tests in a process of its own: Ray, store actor, Serve with HAProxy, gateway, scripted engine.
+
+Its own process, because Serve's environment must be set before Ray starts, and because a test session has one Ray at most.
+`start(folder)` gives a `System`; the child answers simple commands over a pipe. Test code only.
+"""
+
+from __future__ import annotations
+
+import asyncio
+import json
+import multiprocessing
+import os
+import sys
+import urllib.request
+from collections.abc import AsyncIterator
+from multiprocessing.connection import Connection
+from pathlib import Path
+from typing import Any
+
+import openai
+from gateway_fakes import END, save_model_folder
+
+from agl_ray.config.models import RunConfig
+from agl_ray.gateway.engine_api import GenerateChunk, GenerateRequest, GenerateResult
+from agl_ray.types import LLM, AttemptedRollout, EndReason, EngineError
+
+NAMESPACE = "gateway-test"
+
+
+class ScriptedEngine:
+    """The engine deployment. It obeys the last user message: `say X`, `call X` (a tool call with expression X, in a spelling of
+    its own), `slow`, `fail`, `die X` (its process ends, once per X). `marks` is a folder for what must outlive the process."""
+
+    def __init__(self, folder: str, marks: str) -> None:
+        from tokenizers import Tokenizer
+
+        self.tokenizer = Tokenizer.from_file(f"{folder}/tokenizer.json")
+        self.marks = Path(marks)
+
+    async def _answer(self, request: GenerateRequest) -> GenerateResult:
+        text = self.tokenizer.decode(request.prompt_ids, skip_special_tokens=False)
+        order = text.rpartition("<|im_start|>user\n")[2].partition(END)[0]
+        verb, _, rest = order.partition(" ")
+        if verb == "fail":
+            raise EngineError("scripted failure")
+        if verb == "die" and not (self.marks / rest).exists():
+            (self.marks / rest).touch()
+            os._exit(1)
+        if verb == "slow":
+            (self.marks / "started").touch()
+            try:
+                await asyncio.sleep(60)
+            except asyncio.CancelledError:
+                (self.marks / "aborted").touch()
+                raise
+        if verb == "call":
+            arguments = '{"expression":"' + rest + '"}'
+            rest = (
+                '<tool_call>\n{"name":"calculator",  "arguments":' + arguments + "}\n</tool_call>"
+            )
+        end = self.tokenizer.token_to_id(END)
+        ids = [token for piece in rest for token in self.tokenizer.encode(piece).ids]
+        ids = [*ids, end][: request.max_tokens]
+        return GenerateResult(
+            response_ids=ids,
+            logprobs=[-0.25] * len(ids),
+            weight_versions=[(0, 3)],
+            finish_reason="stop" if ids[-1] == end else "length",
+        )
+
+    async def generate(self, request: GenerateRequest) -> GenerateResult:
+        return await self._answer(request)
+
+    async def generate_stream(self, request: GenerateRequest) -> AsyncIterator[GenerateChunk]:
+        result = await self._answer(request)
+        for token, logprob in zip(result.response_ids, result.logprobs, strict=True):
+            yield GenerateChunk(response_ids=[token], logprobs=[logprob])
+        yield GenerateChunk(
+            response_ids=[],
+            logprobs=[],
+            finish_reason=result.finish_reason,
+            weight_versions=result.weight_versions,
+        )
+
+    async def pid(self) -> int:
+        return os.getpid()
+
+
+def run_config(folder: Path, **gateway: Any) -> RunConfig:
+    return RunConfig.model_validate(
+        {
+            "model": {"path": str(folder)},
+            "data": {"train": "x.jsonl", "val": "x.jsonl"},
+            "engine": {"tool_parser": "hermes", "max_model_len": 400},
+            "gateway": {"call_timeout_seconds": 40.0, **gateway},
+        }
+    )
+
+
+class System:
+    """The running system as a test sees it."""
+
+    def __init__(self, process: Any, pipe: Connection, hello: dict[str, Any], marks: Path) -> None:
+        self._process, self._pipe, self.marks = process, pipe, marks
+        self.url: str = hello["url"]
+        self.environment: dict[str, str] = hello["environment"]
+
+    def ask(self, command: str, *arguments: Any) -> Any:
+        self._pipe.send((command, arguments))
+        if not self._pipe.poll(120):
+            raise TimeoutError(f"the system did not answer {command}")
+        answer = self._pipe.recv()
+        if isinstance(answer, Exception):
+            raise answer
+        return answer
+
+    def attempt(self, mode: str = "train") -> AttemptedRollout:
+        made: AttemptedRollout = self.ask("attempt", mode)
+        return made
+
+    def base(self, one: AttemptedRollout) -> str:
+        llm = LLM(endpoint=self.url, model="tiny")
+        return llm.get_base_url(one.rollout_id, one.attempt_id)
+
+    def client(self, one: AttemptedRollout, **options: Any) -> openai.OpenAI:
+        fields = {"max_retries": 0, "timeout": 90, **options}
+        return openai.OpenAI(base_url=self.base(one), api_key="none", **fields)
+
+    def spans(self, one: AttemptedRollout) -> list[dict[str, Any]]:
+        rows: list[dict[str, Any]] = self.ask("spans", one.rollout_id, one.attempt_id)
+        return rows
+
+    def state(self, one: AttemptedRollout) -> dict[str, Any]:
+        url = f"{self.base(one).removesuffix('/v1')}/state"
+        with urllib.request.urlopen(url, timeout=60) as answer:
+            found: dict[str, Any] = json.load(answer)
+        return found
+
+    def stop(self) -> None:
+        self.ask("stop")
+        self._process.join(60)
+
+
+def start(folder: Path) -> System:
+    """Start it all; `folder` (short path) takes model, marks and Ray's files."""
+    (folder / "marks").mkdir(parents=True)
+    context = multiprocessing.get_context("spawn")
+    ours, theirs = context.Pipe()
+    process = context.Process(target=_child, args=(theirs, str(folder)))
+    process.start()
+    if not ours.poll(240):
+        process.kill()
+        raise TimeoutError("the system did not start")
+    hello = ours.recv()
+    if isinstance(hello, Exception):
+        raise hello
+    return System(process, ours, hello, folder / "marks")
+
+
+def _child(pipe: Connection, folder: str) -> None:
+    try:
+        asyncio.run(_serve(pipe, Path(folder)))
+    except Exception as error:
+        pipe.send(RuntimeError(f"the system failed: {error!r}"))
+        raise
+
+
+async def _serve(pipe: Connection, folder: Path) -> None:
+    from actors.gateway import gateway_deployment, serve_environment, start_serve
+    from actors.store import create_store
+
+    config = run_config(save_model_folder(folder / "model"))
+    environment = serve_environment(config)
+    os.environ.update(environment)
+    os.environ["PYTHONPATH"] = os.pathsep.join(
+        [str(Path(__file__).parent), os.environ.get("PYTHONPATH", "")]
+    )
+    import ray
+    from ray import serve
+
+    ray.init(
+        address="local",
+        num_cpus=4,
+        include_dashboard=False,
+        object_store_memory=100 * 1024 * 1024,
+        _temp_dir=str(folder / "r"),
+        log_to_driver=False,
+    )
+    store = await asyncio.to_thread(create_store, "store", NAMESPACE, "memory://")
+    host, port = await asyncio.to_thread(start_serve, config)
+    engine = serve.deployment(
+        ScriptedEngine,
+        name="Engine",
+        max_ongoing_requests=100,
+        health_check_period_s=1.0,
+        graceful_shutdown_timeout_s=1.0,
+    ).bind(str(folder / "model"), str(folder / "marks"))
+    application = gateway_deployment(config, folder / "model", NAMESPACE, engine)
+    await asyncio.to_thread(serve.run, application, name="gw", route_prefix="/")
+    url = f"http://{host}:{port}"
+    llm = LLM(endpoint=url, model="tiny", sampling_parameters={"max_tokens": 120})
+    await store.add_resources({"main_llm": llm})
+    pipe.send({"url": url, "environment": environment})
+    while True:
+        command, arguments = await asyncio.to_thread(pipe.recv)
+        try:
+            if command == "attempt":
+                pipe.send(await store.start_rollout({"q": 1}, mode=arguments[0]))
+            elif command == "end":
+                await store.end_attempt(*arguments, EndReason.OK, reward=1.0)
+                pipe.send(None)
+            elif command == "spans":
+                pipe.send(await store.query_spans(*arguments))
+            elif command == "kill_gateway":
+                pipe.send(await asyncio.to_thread(_kill_replica, "Gateway"))
+            elif command == "stop":
+                break
+        except Exception as error:  # noqa: BLE001 (the test is told)
+            pipe.send(error)
+    await asyncio.to_thread(serve.shutdown)
+    ray.shutdown()
+    pipe.send(None)
+    sys.exit(0)
+
+
+def _kill_replica(deployment: str) -> int:
+    """kill -9 of the one replica of a deployment; its process id."""
+    import psutil
+
+    for process in psutil.Process().children(recursive=True):
+        if f"ServeReplica:gw:{deployment}" in " ".join(process.cmdline()):
+            process.kill()
+            return process.pid
+    raise LookupError(f"no replica of {deployment}")
