@@ -122,11 +122,17 @@ def _follow(venv: Path, shares: list[tuple[subprocess.Popen[str], Path]], total:
         if now - shown_at < (0.5 if sys.stdout.isatty() else 15):
             continue
         shown_at = now
-        fetched = sum(log.read_text().count("Collecting ") for _, log in shares)
+        fetched = sum(_num_fetched(log) for _, log in shares)
         installed = len(list(venv.glob("lib/python*/site-packages/*.dist-info")))
         _show(f"  {now - started:4.0f} s  fetched {fetched}/{total}, installed {installed}/{total}")
     if sys.stdout.isatty():
         print()
+
+
+def _num_fetched(log: Path) -> int:
+    """Packages that pip has begun with, from an index (Collecting) or from a folder (Processing)."""
+    lines = log.read_text().splitlines()
+    return sum(line.startswith(("Collecting ", "Processing ")) for line in lines)
 
 
 def _show(line: str) -> None:
