@@ -10,6 +10,8 @@ VENV := .venv
 BIN := $(VENV)/bin
 LOCK := cluster/locks/$(SET).lock
 READY := $(VENV)/.ready-$(SET)
+# A test that hangs is a failed test; the longest whole run stays far below this.
+PYTEST := $(BIN)/python -m pytest --timeout 900
 SOURCES := agl_ray actors tests examples cluster
 
 # Two OpenMP threads on two busy cores are ten times slower than one; nothing here asks a model hub for anything.
@@ -35,10 +37,10 @@ demo: $(READY) ## train the calculator agent of the quickstart (SEED=0)
 	@$(BIN)/agl-ray train $(CONFIG) seed=$(SEED)
 
 test: $(READY) ## all tests: unit, property, integration, faults
-	$(BIN)/python -m pytest tests
+	$(PYTEST) tests
 
 test-fast: $(READY) ## the tests that need no minutes: unit, property, light integration
-	$(BIN)/python -m pytest tests/unit tests/property tests/integration -m "not slow"
+	$(PYTEST) tests/unit tests/property tests/integration -m "not slow"
 
 lint: typecheck ## ruff, types, floors
 	$(BIN)/ruff check $(SOURCES)
