@@ -15,14 +15,20 @@ from agl_ray.trajectory.batch import GroupPlan, Member, TrainBatch
 VOCABULARY = 50
 
 
-def model_folder(folder: Path, *, seed: int = 0, tied: bool = False) -> Path:
-    """A random Qwen3 (hidden 32, 2 layers) with a word tokenizer, as save_pretrained writes them."""
+def model_folder(folder: Path, *, seed: int = 0, tied: bool = False, experts: bool = False) -> Path:
+    """A random Qwen3 or Qwen3-MoE (hidden 32, 2 layers) with a word tokenizer, as save_pretrained writes them."""
     import torch
     from tokenizers import Tokenizer, models
-    from transformers import PreTrainedTokenizerFast, Qwen3Config, Qwen3ForCausalLM
+    from transformers import (
+        AutoModelForCausalLM,
+        PreTrainedTokenizerFast,
+        Qwen3Config,
+        Qwen3MoeConfig,
+    )
 
     torch.manual_seed(seed)
-    config = Qwen3Config(
+    mixture = {"num_experts": 4, "num_experts_per_tok": 2, "moe_intermediate_size": 16}
+    config = (Qwen3MoeConfig if experts else Qwen3Config)(
         vocab_size=VOCABULARY,
         hidden_size=32,
         intermediate_size=64,
@@ -32,8 +38,9 @@ def model_folder(folder: Path, *, seed: int = 0, tied: bool = False) -> Path:
         head_dim=8,
         initializer_range=0.1,
         tie_word_embeddings=tied,
+        **(mixture if experts else {}),
     )
-    Qwen3ForCausalLM(config).save_pretrained(folder)
+    AutoModelForCausalLM.from_config(config).save_pretrained(folder)
     words = Tokenizer(models.WordLevel({f"w{i}": i for i in range(VOCABULARY)}, unk_token="w0"))
     PreTrainedTokenizerFast(tokenizer_object=words, eos_token="w1").save_pretrained(folder)
     return folder

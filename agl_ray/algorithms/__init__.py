@@ -1,1 +1,1 @@
-"""Set by its room."""
+"""One file per algorithm; base.py says what one is."""

@@ -1,1 +1,1 @@
-"""Set by its room."""
+"""The learner: packing, model, FSDP, step, optimiser, checkpoint, export; supervised fine-tuning (sft). Plain torch."""

@@ -27,6 +27,17 @@ from agl_ray.types.errors import RunError
 if TYPE_CHECKING:
     from agl_ray.config.models import AlgorithmConfig, LearnerConfig
 
+METRICS = """
+Of the update: loss, grad_norm (before clipping), lr, updates (their number; loss and grad_norm are means over them, lr is the last), ratio_mean (pi / pi_old), clip_low_fraction,
+clip_high_fraction, corrected_fraction (shares of the trained tokens), entropy (mean -log pi_old of the sampled tokens, nats).
+Learner against engine, on tokens made by the current version: tokens_current, max_logprob_diff (nats), engine_kl (mean k3, nats).
+max_token_age: weight versions between a token and this step. Counts: tokens_trained, tokens_forward (their context included),
+tokens_of_batch (the denominator), rows, rows_dropped_overlong, tokens_dropped_overlong, rows_dropped_empty, groups,
+zero_signal_groups, rollouts, rollouts_without_calls, calls, calls_failed, calls_greedy, branches.
+Seconds: seconds_read (spans from the store), seconds_layout (rows, packing), seconds_old_logprobs, seconds_forward_backward, seconds_optimizer,
+seconds_train (the last three and the rest of `train`).
+"""
+
 DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16}
 
 
@@ -62,7 +73,7 @@ class Learner:
     # --- one step ------------------------------------------------------------------------------
 
     def train(self, payload: Payload) -> dict[str, float]:
-        """Version k to version k + 1. Returns the step's metrics (README of `metrics.jsonl`), equal on all ranks but for `seconds_*`.
+        """Version k to version k + 1. Returns the step's metrics, those of METRICS; equal on all ranks but for `seconds_*`.
 
         RunError where the payload is not for the next version. A batch without any signal changes no parameter and makes a version all the same.
         """

@@ -35,4 +35,10 @@ def _checkpoint_names(model: Any, state: dict[str, torch.Tensor]) -> dict[str, t
     from transformers.core_model_loading import revert_weight_conversion
 
     reverted: dict[str, torch.Tensor] = revert_weight_conversion(model, state)
-    return reverted
+    return {name: _own(tensor) for name, tensor in reverted.items()}
+
+
+def _own(tensor: torch.Tensor) -> torch.Tensor:
+    """`tensor` with memory of its own: one expert cut out of the fused tensor would keep all of them alive."""
+    whole = tensor.is_contiguous() and tensor.untyped_storage().nbytes() == tensor.nbytes
+    return tensor if whole else tensor.clone(memory_format=torch.contiguous_format)

@@ -1,1 +1,1 @@
-"""Set by its room."""
+"""Call spans to training rows: rewards and ids (batch), ragged arrays (ragged), the call tree (rows)."""

@@ -55,6 +55,17 @@ def test_two_ranks_equal_one(folder: Path, settings: dict[str, Any]) -> None:
         }
 
 
+def test_two_ranks_with_tied_embeddings(tmp_path: Path) -> None:
+    tied = model_folder(tmp_path / "tied", tied=True)
+    path = tmp_path / "step-2"
+    (one,) = learner_ranks.run(1, "train", tied, (1, 3), {})
+    first, _ = learner_ranks.run(2, "train", tied, (1, 3), {}, None, path)
+    assert_close(one, first)
+    (loaded,) = learner_ranks.run(1, "train", tied, (3, 4), {}, path)
+    for (name, left), (_, right) in zip(first["state"], loaded["loaded"], strict=True):
+        assert torch.equal(left, right), name
+
+
 def test_a_rank_without_rows_keeps_step(folder: Path) -> None:
     (one,) = learner_ranks.run(1, "one_row", folder)
     first, _ = learner_ranks.run(2, "one_row", folder)
