@@ -9,7 +9,8 @@ CONFIG ?= configs/quickstart.yaml
 VENV := .venv
 BIN := $(VENV)/bin
 LOCK := cluster/locks/$(SET).lock
-READY := $(VENV)/.ready-$(SET)
+LOCKED := $(VENV)/.ready-$(SET)
+READY := $(VENV)/.project-$(SET)
 # A test that hangs is a failed test; the longest whole run stays far below this.
 PYTEST := $(BIN)/python -m pytest --timeout 900
 SOURCES := agl_ray actors tests examples cluster
@@ -28,9 +29,14 @@ help: ## what can be made
 
 venv: $(READY) ## set up .venv from the lock of SET
 
-$(READY): $(LOCK) pyproject.toml cluster/locks/install.py
+$(LOCKED): $(LOCK)
 	@command -v $(PYTHON) >/dev/null || { echo "$(PYTHON) is not there; name the Python to use: make PYTHON=/path/to/python3.11" >&2; exit 2; }
 	@$(PYTHON) cluster/locks/install.py --lock $(LOCK) --venv $(VENV)
+	@touch $@
+
+# The project itself, editable: again when its metadata changes. The lock has setuptools, so nothing is downloaded.
+$(READY): $(LOCKED) pyproject.toml
+	@$(BIN)/python -m pip install -q --no-deps --no-build-isolation --disable-pip-version-check -e .
 	@touch $@
 
 demo: $(READY) ## train the calculator agent of the quickstart (SEED=0)

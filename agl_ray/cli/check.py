@@ -48,7 +48,7 @@ def check(config: Config = None, overrides: Overrides = None) -> None:
             show(finding)
     problems = sum(finding.state == "problem" for finding in findings)
     if problems:
-        print(f"\n{problems} to mend: see 'mend:' above.")
+        print(f"\n{problems} to mend, see above.")
         raise typer.Exit(2)
     print("\nAll well." if loaded else "\nAll well. Give a CONFIG to check what it names too.")
 

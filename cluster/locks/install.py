@@ -38,7 +38,7 @@ def main() -> int:
     print(f"setting up {options.venv} from {options.lock} ({len(pins)} packages)", flush=True)
     if not _make_venv(options.venv):
         return 2
-    if not _install(options.venv, pins) or not _install_project(options.venv):
+    if not _install(options.venv, pins):
         return 2
     problem = _wrong_torch(options.venv, pins)
     if problem:
@@ -137,14 +137,6 @@ def _num_fetched(log: Path) -> int:
 
 def _show(line: str) -> None:
     print(line, end="\r" if sys.stdout.isatty() else "\n", flush=True)
-
-
-def _install_project(venv: Path) -> bool:
-    log = venv / "install-project.log"
-    # The lock has setuptools: no second download for an isolated build.
-    process = _pip(venv, log, ["--no-build-isolation", "-e", "."])
-    process.wait()
-    return _succeeded(process, log)
 
 
 def _succeeded(process: subprocess.Popen[str], log: Path) -> bool:
