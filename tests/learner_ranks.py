@@ -22,7 +22,7 @@ from agl_ray.learner.step import Learner
 from agl_ray.trajectory.batch import GroupPlan, Member, TrainBatch
 
 SECONDS = 120.0  # a rank that takes longer hangs
-GROUP_SECONDS = 60.0
+GROUP_SECONDS = {"die": 10.0}  # deadline of a collective, 60 for the other jobs
 ALGORITHM = AlgorithmConfig()
 PRELOAD = [
     "agl_ray.learner.step",
@@ -64,7 +64,7 @@ def _main(
 ) -> None:
     torch.set_num_threads(1)
     if world_size > 1:
-        fsdp.join_group(rank, world_size, "127.0.0.1", port, "cpu", GROUP_SECONDS)
+        fsdp.join_group(rank, world_size, "127.0.0.1", port, "cpu", GROUP_SECONDS.get(job, 60.0))
     result = JOBS[job](rank, world_size, *args)
     torch.save(result, out / f"{rank}.pt")
     fsdp.leave_group()
@@ -127,12 +127,12 @@ def job_one_row(rank: int, world_size: int, folder: Path) -> dict[str, Any]:
     return {"metrics": [metrics], "state": learner.full_state()}
 
 
-def job_die(rank: int, world_size: int, folder: Path) -> str:
-    """Rank 1 is killed after the first step; the others report how their second one fails."""
+def job_die(rank: int, world_size: int, folder: Path, how: signal.Signals) -> str:
+    """Rank 1 is killed or stopped after the first step; the other reports how its second one fails."""
     learner = make(rank, world_size, folder)
     train(learner, range(1, 2))
     if rank == 1:
-        os.kill(os.getpid(), signal.SIGKILL)
+        os.kill(os.getpid(), how)
     try:
         train(learner, range(2, 3))
     except RuntimeError as error:

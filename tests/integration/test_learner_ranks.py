@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import signal
 from pathlib import Path
 from typing import Any
 
@@ -108,12 +109,18 @@ def test_saving_before_the_first_step_changes_nothing(folder: Path, tmp_path: Pa
     assert_close(plain, resumed, atol=0)
 
 
-def test_a_killed_rank_makes_the_other_fail(folder: Path, tmp_path: Path) -> None:
-    processes = learner_ranks.start(2, "die", folder, out=tmp_path)
-    for process in processes:
-        process.join(learner_ranks.SECONDS)
-    assert [process.exitcode for process in processes] == [0, -9]
-    assert torch.load(tmp_path / "0.pt").startswith("failed: ")
+@pytest.mark.parametrize("how", [signal.SIGKILL, signal.SIGSTOP])
+def test_a_rank_that_dies_or_falls_silent_makes_the_other_fail(
+    folder: Path, tmp_path: Path, how: signal.Signals
+) -> None:
+    first, second = learner_ranks.start(2, "die", folder, how, out=tmp_path)
+    first.join(learner_ranks.SECONDS)
+    second.kill()
+    second.join(learner_ranks.SECONDS)
+    assert (first.exitcode, second.exitcode) == (0, -9)
+    said = torch.load(tmp_path / "0.pt")
+    assert said.startswith("failed: ")
+    assert "gloo" in said  # by which actors/learner.py tells it from other errors
 
 
 @pytest.mark.parametrize("world_size", [1, 2])
