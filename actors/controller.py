@@ -34,6 +34,7 @@ from agl_ray.agents import LitAgent
 from agl_ray.config import RunConfig
 from agl_ray.ops.events import Event, Notice, Phase, Progress, StepDone, Validation
 from agl_ray.ops.ledger import Evaluation, Ledger
+from agl_ray.ops.log import setup_logging
 from agl_ray.ops.metrics import MetricsWriter
 from agl_ray.ops.summary import confidence_interval
 from agl_ray.schedule import WindowedQueue
@@ -66,6 +67,7 @@ class Controller:
         self.config = RunConfig.model_validate(config)
         self.namespace, self.base, self.model_path = namespace, base, model_path
         self.folder = Path(run_folder)
+        setup_logging(self.folder, process="controller", console=None)
         self.agent = agent
         self.rows: list[Any] = []
         self.held_out: list[Any] = []
@@ -79,6 +81,7 @@ class Controller:
         self._body: asyncio.Task[dict[str, Any]] | None = None
         self._pool: RunnerPool | None = None
         self._failures: dict[str, int] = {}
+        self._counted_until = time.time()
 
     async def ping(self) -> str:
         return "controller"
@@ -170,8 +173,15 @@ class Controller:
 
     # Training -------------------------------------------------------------------------------------
 
-    async def run(self, endpoint: str) -> dict[str, Any]:
-        """Train to the last step and return the facts of the summary. `endpoint`: root of the gateway."""
+    async def run(self, endpoint: str, started: float, seconds: dict[str, float]) -> dict[str, Any]:
+        """Train to the last step and return the facts of the summary.
+
+        endpoint: root of the gateway. started: time (epoch) from which this sitting counts; seconds: what the driver spent before,
+        by phase.
+        """
+        self._counted_until = started
+        for phase, spent in seconds.items():
+            self.ledger.book(phase, spent)
         self._body = asyncio.ensure_future(self._run(endpoint))
         return await self._body
 
@@ -257,7 +267,7 @@ class Controller:
     ) -> None:
         """One training step: batch, journal, update, sync, position."""
         step = self.ledger.step + 1
-        before = dict(self.ledger.seconds)
+        started, before = time.monotonic(), dict(self.ledger.seconds)
         batch = await self._phase("rollout", self._next_batch(queue, step, feeder))
         await self.store.put_state(f"step/{step}", to_json(batch))
         metrics = await self._phase("update", self._update(batch))
@@ -271,7 +281,8 @@ class Controller:
             validation = await self._evaluate(groups, step)
         await self._commit(groups)
         await queue.advance(step)
-        await self._report(batch, metrics, result, before, groups, validation)
+        metrics["seconds_step"] = time.monotonic() - started
+        await self._report(batch, metrics, result, before, validation)
 
     async def _next_batch(
         self, queue: WindowedQueue[GroupPlan], step: int, feeder: asyncio.Task[None]
@@ -336,6 +347,9 @@ class Controller:
 
     async def _commit(self, groups: GroupRollouts) -> None:
         """Write the run's position into the store: what is not in it never happened."""
+        now = time.time()
+        self.ledger.total_seconds += now - self._counted_until
+        self._counted_until = now
         self.ledger.next_row = groups.position
         if self._pool is not None:
             self.ledger.runner_restarts += self._pool.replaced
@@ -350,7 +364,6 @@ class Controller:
         metrics: dict[str, Any],
         result: dict[str, Any],
         before: dict[str, float],
-        groups: GroupRollouts,
         validation: Evaluation | None,
     ) -> None:
         rewards = [member.reward for member in batch.members]
@@ -385,9 +398,20 @@ class Controller:
         statistics = await self.store.statistics()
         return {
             "ledger": self.ledger,
+            "counted_until": self._counted_until,
             "end_reasons": statistics["attempts_by_reason"],
             "store_restarts": statistics["restarts"],
         }
+
+    async def measure_learner(self, rounds: int) -> float:
+        """Tokens per second through the learner alone: the last batch, laid out once, trained `rounds` times; the best.
+
+        For benchmarks, after the run: it changes the learner's weights.
+        """
+        body = await self.store.get_state(f"step/{self.ledger.step}")
+        if body is None:
+            raise RunError("measuring the learner: expected a trained step, got none")
+        return await self.learners.measure(from_json(body, TrainBatch), self.store, rounds)
 
     # Ending ---------------------------------------------------------------------------------------
 

@@ -114,6 +114,17 @@ class LearnerGroup:
         metrics = await self._gather(refs, f"update of step {batch.step}", limit)
         return dict(metrics[0])
 
+    async def measure(self, batch: TrainBatch, store: LightningStore, rounds: int) -> float:
+        """Tokens per second of the forward and backward pass alone: `batch` laid out once, trained `rounds` times; the best."""
+        limit = self.config.learner.step_timeout_seconds
+        shares = await self._one(self.rank0.prepare.remote(store, batch), "rows to measure", limit)
+        rates = []
+        for _ in range(rounds):
+            refs = [rank.train.remote(s) for rank, s in zip(self.ranks, shares, strict=True)]
+            metrics = (await self._gather(refs, "a measured update", limit))[0]
+            rates.append(metrics["tokens_forward"] / metrics["seconds_train"])
+        return float(max(rates))
+
     async def stage(self, version: int) -> dict[str, Any]:
         """Gather version `version` on rank 0's CPU for sending; its manifest."""
         manifests = await self._all("stage_weights", version)

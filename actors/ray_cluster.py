@@ -54,7 +54,9 @@ def joined(config: RunConfig, namespace: str, env: dict[str, str]) -> Iterator[N
     os.environ.update(env)
     if address is not None:
         check_reachable(address)
-        ray.init(address=address, namespace=namespace, runtime_env={"env_vars": env}, log_to_driver=False)
+        ray.init(
+            address=address, namespace=namespace, runtime_env={"env_vars": env}, log_to_driver=False
+        )
     else:
         ray.init(
             address="local",

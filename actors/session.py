@@ -176,9 +176,7 @@ class RunSession:
             if booted:
                 time.sleep(0.2)
 
-    def finish(
-        self, facts: dict[str, Any], seconds: dict[str, float], total: float
-    ) -> dict[str, Any]:
+    def finish(self, facts: dict[str, Any]) -> dict[str, Any]:
         """Write summary.json and curves.png and show the end; the summary."""
         ledger: Ledger = facts["ledger"]
         summary = write_summary(
@@ -186,8 +184,8 @@ class RunSession:
             before=ledger.before.scores if ledger.before else None,
             after=ledger.after.scores if ledger.after else None,
             attempts=facts["end_reasons"],
-            seconds={**ledger.seconds, **seconds},
-            total_seconds=total,
+            seconds=ledger.seconds,
+            total_seconds=ledger.total_seconds + time.time() - facts["counted_until"],
             updates=ledger.step,
             weight_versions=ledger.weight_versions,
             max_logprob_diff=ledger.max_logprob_diff,

@@ -22,7 +22,8 @@ from agl_ray.config.load import resolved_json
 from agl_ray.config.model_folder import cached_model, check_model_folder
 from agl_ray.config.rows import load_rows
 from agl_ray.ops.display import Display, make_display
-from agl_ray.ops.events import Notice, Phase, Progress
+from agl_ray.ops.events import Notice, Phase
+from agl_ray.ops.log import setup_logging
 from agl_ray.ops.run_folder import make_run_folder
 from agl_ray.types import InputError, RunError
 from agl_ray.waits import get
@@ -34,7 +35,6 @@ if TYPE_CHECKING:
 
 EVENT_POLL = 1.0  # seconds of one long poll for the controller's events
 CONTROLLER_RESTARTS = 3
-APPLICATION = "agl_ray"
 
 
 class Trainer:
@@ -54,7 +54,7 @@ class Trainer:
         self.config = config
         self.base = (config_folder or Path.cwd()).resolve()
         self.display = display or make_display()
-        self._started = time.monotonic()
+        self._started = time.time()
         self._seconds: dict[str, float] = {}
 
     def fit(
@@ -70,14 +70,15 @@ class Trainer:
         `config.data`. resume: a run folder whose run goes on. InputError (exit code 2) when something given is wrong,
         RunError when the run failed.
         """
-        self._started = time.monotonic()
+        self._started = time.time()
         agent = self._agent(agent)
         rows = self._rows("data.train", self.config.data.train) if train is None else train
         held_out = self._rows("data.val", self.config.data.val) if val is None else val
         if self.config.model.path is not None:
             check_model_folder(Path(self.config.model.path))
-        folder = Path(resume).resolve() if resume else make_run_folder(self.config)
+        folder = Path(resume).resolve() if resume else make_run_folder(self.config, self.base)
         (folder / "config.json").write_text(resolved_json(self.config))
+        setup_logging(folder, process="driver")
         from actors.session import RunSession
 
         with self.display, RunSession(self.config, folder, self.display) as session:
@@ -108,14 +109,14 @@ class Trainer:
     ) -> dict[str, Any]:
         with self._phase("setup"):
             session.start_services()
-        model_path = self._model(session)
+        model_path = self.model(session)
         with self._phase("setup"):
             controller = session.start_controller(agent, rows, held_out, self.base, model_path)
             endpoint = session.start_serving(controller, model_path)
-        facts = self._follow(session, controller, endpoint)
-        return session.finish(facts, self._seconds, time.monotonic() - self._started)
+        facts = self.follow(session, controller, endpoint)
+        return session.finish(facts)
 
-    def _model(self, session: Any) -> Path:
+    def model(self, session: Any) -> Path:
         """The base model's folder, made now when the configuration says how and the cache has it not."""
         if self.config.model.path is not None:
             return Path(self.config.model.path).resolve()
@@ -127,15 +128,16 @@ class Trainer:
         check_model_folder(folder)
         return folder
 
-    def _follow(self, session: Any, controller: ActorHandle, endpoint: str) -> dict[str, Any]:
+    def follow(self, session: Any, controller: ActorHandle, endpoint: str) -> dict[str, Any]:
         """Show the controller's events until its run is done; when it dies, Ray restarts it and the run goes on."""
         import ray
 
         for _ in range(CONTROLLER_RESTARTS + 1):
-            run = controller.run.remote(endpoint)
+            run = controller.run.remote(endpoint, self._started, self._seconds)
             try:
                 return self._events(controller, run)
             except ray.exceptions.RayActorError:
+                self._started, self._seconds = time.time(), {}  # booked before it died
                 self.display.show(
                     Notice(text="the controller died; it restarts from the position in the store")
                 )
@@ -171,9 +173,3 @@ class Trainer:
         seconds = time.monotonic() - started
         self._seconds[name] = self._seconds.get(name, 0.0) + seconds
         self.display.show(Phase(name=name, state="end", seconds=seconds))
-
-
-def model_progress(step: tuple[str, float, str]) -> Progress:
-    """A recipe's progress as an event."""
-    what, share, detail = step
-    return Progress(name=what, done=round(100 * share), total=100, detail=detail)

@@ -40,7 +40,8 @@ class Evaluation(Record, frozen=True):
 
 
 class Ledger(msgspec.Struct, kw_only=True):
-    """Counts of a run up to `step` finished steps. `seconds` by phase; `notices` are sentences for people."""
+    """Counts of a run up to `step` finished steps, over all its sittings. `seconds` by phase; `total_seconds` is wall time
+    up to the last entry; `notices` are sentences for people."""
 
     step: int = 0
     next_row: int = 0
@@ -48,6 +49,7 @@ class Ledger(msgspec.Struct, kw_only=True):
     before: Evaluation | None = None
     after: Evaluation | None = None
     seconds: dict[str, float] = {}
+    total_seconds: float = 0.0
     notices: list[str] = []
     max_logprob_diff: float = 0.0
     retokenized_tokens: int = 0

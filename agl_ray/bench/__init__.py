@@ -1,0 +1,1 @@
+"""Measurements, started by `agl-ray bench X`."""
