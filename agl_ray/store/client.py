@@ -101,6 +101,8 @@ class LightningStore(StoreCaller):
         self, *, limit: int = 1, worker_id: str | None = None, wait_seconds: float = 0.0
     ) -> list[AttemptedRollout]:
         """Up to `limit` leased attempts; waits up to `wait_seconds` for the first one, not for more."""
+        if limit < 1:
+            return []
         request_id = new_id("rq")
         give_up = time.monotonic() + wait_seconds
         while True:

@@ -61,7 +61,7 @@ class StoreCore(Reads):
                 self.machine.dequeue, limit=limit, worker_id=worker_id, request_id=request_id
             )
             left = give_up - self.loop.time()
-            if taken or left <= 0 or limit <= 0:
+            if taken or left <= 0:
                 return await self._committed(taken)
             self._submit()
             if not await self._takers.wait(worker_id, left):

@@ -8,7 +8,7 @@ What it is: pure functions over `State`; `now` is seconds since the epoch. The r
 * the first `lost` of a rollout is requeued even where the configuration allows no retry: a process died, not the agent;
 * a final attempt stays as it ended.
 
-Who calls it: `agl_ray.store.machine`. Test alone: tests/unit/test_store_machine.py, tests/property/test_store_machine.py.
+Who calls it: `agl_ray.store.machine`. Test alone: tests/unit/test_store_machine.py, tests/property/test_store_model.py.
 """
 
 from __future__ import annotations

@@ -4,7 +4,7 @@ What it is: one method per command. `now` (seconds since the epoch) is passed in
 disk. A command either raises before anything changed, or applies whole; `state.drain()` then gives the changed records
 for the journal. Commands that a client may repeat after a lost answer carry an id made by the client (rollout id, request id,
 batch id, resources id) and answer a repetition as they answered the first call.
-Who calls it: `agl_ray.store.core`. Test alone: tests/unit/test_store_machine.py, tests/property/test_store_machine.py.
+Who calls it: `agl_ray.store.core`. Test alone: tests/unit/test_store_machine.py, tests/property/test_store_model.py.
 """
 
 from __future__ import annotations

@@ -74,7 +74,7 @@ def _batches(payloads: Payloads) -> list[pa.RecordBatch]:
     for first, count, size in payloads.places:
         try:
             batch = pa.ipc.read_record_batch(payloads.data.slice(offset, size), SPAN_SCHEMA)
-        except (pa.ArrowInvalid, OSError) as error:
+        except (pa.ArrowInvalid, OSError, EOFError) as error:
             raise StoreError(f"span payload at sequence {first} is damaged: {error}") from error
         ids = pa.array(np.arange(first, first + count))
         batches.append(batch.set_column(SEQUENCE, SPAN_SCHEMA.field(SEQUENCE), ids))

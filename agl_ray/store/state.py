@@ -54,7 +54,7 @@ class BatchEntry(NamedTuple):
 
 
 class Snapshot(NamedTuple):
-    """Everything that a journal holds, as `State.restore` takes it. Rows of a kind come in order of position."""
+    """Everything that a journal holds, as `State.restore` takes it: rollouts in order of creation, the rest by position."""
 
     rollouts: list[tuple[int, Rollout]] = []
     attempts: list[Attempt] = []
