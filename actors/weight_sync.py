@@ -27,6 +27,9 @@ from agl_ray.types.errors import NotFound, WeightSyncError
 
 CATCH_UP_RETRY_SECONDS = 1.0
 
+SETTLE_SECONDS = 5.0
+"""How long a restarted weight_sync gives the engines to register again (they try every second) before it publishes."""
+
 
 __all__ = ["SenderLost", "WeightSync", "create_weight_sync"]
 
@@ -42,6 +45,8 @@ class WeightSync:
         self._delivering = asyncio.Lock()
         self._behind = asyncio.Event()
         self._catching_up: asyncio.Task[None] | None = None
+        restarted = ray.get_runtime_context().was_current_actor_reconstructed
+        self._settled_at = time.monotonic() + (SETTLE_SECONDS if restarted else 0.0)
 
     async def ping(self) -> str:
         """`ok`, once the actor is up."""
@@ -128,6 +133,8 @@ class WeightSync:
         Raises SenderLost when the learner died, WeightSyncError when no learner was set."""
         limit = seconds or self._config.timeout_seconds
         start = time.monotonic()
+        # Just restarted, we know nobody yet; publishing to nobody would let the old weights serve on for a moment.
+        await asyncio.sleep(max(0.0, self._settled_at - start))
         async with self._delivering:
             self._manifest = manifest
             members = [f for f in self._followers.values() if not f.has(manifest)]

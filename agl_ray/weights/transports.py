@@ -23,8 +23,6 @@ from agl_ray.types.errors import WeightSyncError
 
 Backend = Literal["gloo", "nccl"]
 
-_SLICE = timedelta(milliseconds=200)  # how often a joining member looks whether it should give up
-
 
 class GroupSpec(msgspec.Struct, frozen=True, kw_only=True):
     """One member's view of a transfer group. All members share `id`, `backend`, `host`, `port`, `world`."""
@@ -140,24 +138,21 @@ def _meet(scope: Any, spec: GroupSpec, interrupt: threading.Event) -> None:
     scope.set(f"here/{spec.rank}", "1")
     everyone = [f"here/{rank}" for rank in range(spec.world)]
     deadline = time.monotonic() + spec.join_seconds
-    while True:
-        try:
-            scope.wait(everyone, _SLICE)
-        except dist.DistStoreError:
-            if interrupt.is_set():
-                scope.set("given-up", "1")
-                raise WeightSyncError(
-                    f"joining transfer group {spec.id} was given up for a newer one"
-                ) from None
-            if scope.check(["given-up"]):
-                raise WeightSyncError(f"another member gave up transfer group {spec.id}") from None
-            if time.monotonic() > deadline:
-                missing = [key.removeprefix("here/") for key in everyone if not scope.check([key])]
-                raise WeightSyncError(
-                    f"ranks {', '.join(missing)} of {spec.world} did not join transfer group {spec.id} within {spec.join_seconds:g} s"
-                ) from None
-        else:
-            return
+    pause = 0.001
+    while not scope.check(everyone):
+        if interrupt.is_set():
+            scope.set("given-up", "1")
+            raise WeightSyncError(f"joining transfer group {spec.id} was given up for a newer one")
+        if scope.check(["given-up"]):
+            raise WeightSyncError(f"another member gave up transfer group {spec.id}")
+        if time.monotonic() > deadline:
+            missing = [key.removeprefix("here/") for key in everyone if not scope.check([key])]
+            raise WeightSyncError(
+                f"ranks {', '.join(missing)} of {spec.world} did not join transfer group {spec.id} within {spec.join_seconds:g} s"
+            )
+        # Asked rather than waited for: a blocking wait cannot be interrupted, and c10d logs each time it runs out.
+        time.sleep(pause)
+        pause = min(2 * pause, 0.05)
 
 
 def _gloo(scope: Any, spec: GroupSpec, limit: timedelta) -> Any:

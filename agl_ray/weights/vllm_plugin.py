@@ -1,8 +1,8 @@
 """What we put into vLLM's own processes: the weight-transfer engine `agl`, the worker methods that feed it, and a parent watch.
 
 Called by: vLLM (entry point `vllm.general_plugins` -> `register`, in each of its processes; `WorkerExtension` through `worker_extension_cls`),
-driven by actors/engine.py through `collective_rpc`. With actors/engine.py the only place that knows vLLM.
-Test: `pytest tests/integration/test_weights_engine.py` (needs a real vLLM engine).
+driven by actors/engine.py through `collective_rpc`.
+Test: `pytest tests/integration/test_engine_vllm.py` (a real vLLM engine).
 
 An update has two parts. Receiving (`agl_receive`, then `agl_received` until it answers) runs in a thread of the worker while generation goes
 on, into host memory. Applying (`start_weight_update`, `update_weights`, `finish_weight_update`) loads what was received; only for that is the

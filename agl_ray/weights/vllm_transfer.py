@@ -1,6 +1,6 @@
 """The weight-transfer engine `agl` inside vLLM's worker: applies a received version to the model. Imported by vLLM's factory only.
 
-Test: `pytest tests/integration/test_weights_engine.py`.
+Test: `pytest tests/integration/test_engine_vllm.py`.
 """
 
 from __future__ import annotations
