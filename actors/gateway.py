@@ -1,6 +1,7 @@
 """Gateway: the front door for agents, one Ray Serve ingress deployment in front of the engines.
 
-Called by: the driver's session (`serve_environment`, `start_serve`, `gateway_deployment`) and, over HTTP, every agent. Thin: the request's
+Called by: the driver's session (`serve_environment`, `start_serve`,
+`gateway_deployment`, `wait_until_open`) and, over HTTP, every agent. Thin: the request's
 life is `agl_ray/gateway/door.py`, HTTP is `agl_ray/gateway/http.py`; here they get a store, an engine handle and a tokenizer.
 Test alone: `pytest tests/integration/test_gateway_serve.py` (a real Serve with a scripted engine).
 
@@ -14,11 +15,14 @@ from __future__ import annotations
 import asyncio
 import atexit
 import contextlib
+import http.client
+import math
 import os
 import random
 import shutil
 import socket
 import tempfile
+import time
 from collections.abc import AsyncGenerator, Iterator
 from pathlib import Path
 from typing import Any
@@ -29,9 +33,9 @@ from agl_ray.gateway.engine_api import GenerateChunk, GenerateRequest, GenerateR
 from agl_ray.gateway.http import GatewayApp
 from agl_ray.gateway.render import Renderer
 from agl_ray.store.client import LightningStore
-from agl_ray.types import EngineError, InputError
+from agl_ray.types import EngineError, InputError, WaitTimeout
 
-DRAIN_SECONDS = 1.0  # a stopping replica lets calls end for so long; more would show at Ctrl-C
+DRAIN_SECONDS = 0.2  # a stopping replica takes new calls for so long; calls in flight get 5 s more (Serve's own margin)
 REPLICA_PORTS = 200  # width of the port range in which gateway replicas listen
 
 
@@ -118,8 +122,8 @@ def gateway_deployment(
         num_replicas=1,
         max_ongoing_requests=100_000,  # calls wait at the engine, not here
         health_check_period_s=2.0,
-        graceful_shutdown_timeout_s=DRAIN_SECONDS + 1.0,
-        graceful_shutdown_wait_loop_s=0.2,
+        graceful_shutdown_timeout_s=2.0,
+        graceful_shutdown_wait_loop_s=0.1,
         logging_config={"enable_access_log": False},
         ray_actor_options={
             "num_cpus": 0.1,
@@ -144,8 +148,9 @@ def gateway_deployment(
 def serve_environment(config: RunConfig) -> dict[str, str]:
     """Environment variables that Serve's processes need; set them before `ray.init` starts (or joins) the cluster.
 
-    For `gateway.proxy: serve` that is an empty dictionary. For `haproxy`: free ports for its metrics and statistics pages (9101 and
-    8404 would clash with another cluster's), private files, a free range of replica ports, and a short drain.
+    For `gateway.proxy: serve` that is an empty dictionary. For `haproxy` the dictionary is another one at each call: free ports for its
+    metrics and statistics pages (9101 and 8404 would clash with another cluster's), private files, a range of replica ports, and a
+    short drain.
     """
     if config.gateway.proxy == "serve":
         return {}
@@ -165,7 +170,10 @@ def serve_environment(config: RunConfig) -> dict[str, str]:
         "RAY_SERVE_DIRECT_INGRESS_MIN_HTTP_PORT": str(first),
         "RAY_SERVE_DIRECT_INGRESS_MAX_HTTP_PORT": str(first + REPLICA_PORTS),
         "RAY_SERVE_DIRECT_INGRESS_MIN_DRAINING_PERIOD_S": str(DRAIN_SECONDS),
-        "RAY_SERVE_HAPROXY_HARD_STOP_AFTER_S": "10",
+        # A proxy that was reloaded away lets its open calls end, as long as a call may take.
+        "RAY_SERVE_HAPROXY_HARD_STOP_AFTER_S": str(
+            math.ceil(config.gateway.call_timeout_seconds) + 10
+        ),
     }
 
 
@@ -185,6 +193,29 @@ def start_serve(config: RunConfig) -> tuple[str, int]:
         atexit.register(shutil.rmtree, folder, ignore_errors=True)
     serve.start(http_options={"host": host, "port": port, "request_timeout_s": None})
     return host, port
+
+
+def wait_until_open(host: str, port: int, seconds: float) -> None:
+    """Block until a call would get through: HAProxy learns of a gateway replica up to a second after Serve calls it running.
+
+    WaitTimeout, with the last answer, when the door does not open in time.
+    """
+    deadline = time.monotonic() + seconds
+    last = "no answer"
+    while time.monotonic() < deadline:
+        connection = http.client.HTTPConnection(host, port, timeout=5.0)
+        try:
+            connection.request("GET", "/healthz")
+            answer = connection.getresponse()
+            last = f"HTTP {answer.status}"
+            if answer.status == 200:
+                return
+        except OSError as error:
+            last = str(error)
+        finally:
+            connection.close()
+        time.sleep(0.05)
+    raise WaitTimeout(f"the gateway at {host}:{port} to open", seconds, f"last: {last}")
 
 
 def _short_folder(name: str) -> Path:

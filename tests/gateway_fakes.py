@@ -166,6 +166,7 @@ class FakeStore:
     """The gateway's part of LightningStore over dictionaries; `batches` are the spans in order."""
 
     def __init__(self, mode: str = "train", metadata: dict[str, Any] | None = None) -> None:
+        self.notes: list[dict[str, Any]] = []
         self.rollout = Rollout(
             rollout_id="ro-1",
             input="x",
@@ -204,6 +205,11 @@ class FakeStore:
 
     async def get_latest_resources(self) -> ResourcesUpdate | None:
         return self.resources
+
+    async def update_attempt(
+        self, rollout_id: str, attempt_id: str, *, metadata: dict[str, Any]
+    ) -> Any:
+        self.notes.append(metadata)
 
     async def add_spans(
         self, rollout_id: str, attempt_id: str, batch: Any, batch_id: str | None = None

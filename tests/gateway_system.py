@@ -141,12 +141,12 @@ class System:
         self._process.join(60)
 
 
-def start(folder: Path) -> System:
-    """Start it all; `folder` (short path) takes model, marks and Ray's files."""
+def start(folder: Path, **gateway: Any) -> System:
+    """Start it all; `folder` (short path) takes model, marks and Ray's files; `gateway` are keys of that config section."""
     (folder / "marks").mkdir(parents=True)
     context = multiprocessing.get_context("spawn")
     ours, theirs = context.Pipe()
-    process = context.Process(target=_child, args=(theirs, str(folder)))
+    process = context.Process(target=_child, args=(theirs, str(folder), gateway))
     process.start()
     if not ours.poll(240):
         process.kill()
@@ -157,19 +157,24 @@ def start(folder: Path) -> System:
     return System(process, ours, hello, folder / "marks")
 
 
-def _child(pipe: Connection, folder: str) -> None:
+def _child(pipe: Connection, folder: str, gateway: dict[str, Any]) -> None:
     try:
-        asyncio.run(_serve(pipe, Path(folder)))
+        asyncio.run(_serve(pipe, Path(folder), gateway))
     except Exception as error:
         pipe.send(RuntimeError(f"the system failed: {error!r}"))
         raise
 
 
-async def _serve(pipe: Connection, folder: Path) -> None:
-    from actors.gateway import gateway_deployment, serve_environment, start_serve
+async def _serve(pipe: Connection, folder: Path, gateway: dict[str, Any]) -> None:
+    from actors.gateway import (
+        gateway_deployment,
+        serve_environment,
+        start_serve,
+        wait_until_open,
+    )
     from actors.store import create_store
 
-    config = run_config(save_model_folder(folder / "model"))
+    config = run_config(save_model_folder(folder / "model"), **gateway)
     environment = serve_environment(config)
     os.environ.update(environment)
     os.environ["PYTHONPATH"] = os.pathsep.join(
@@ -197,6 +202,7 @@ async def _serve(pipe: Connection, folder: Path) -> None:
     ).bind(str(folder / "model"), str(folder / "marks"))
     application = gateway_deployment(config, folder / "model", NAMESPACE, engine)
     await asyncio.to_thread(serve.run, application, name="gw", route_prefix="/")
+    await asyncio.to_thread(wait_until_open, host, port, 30.0)
     url = f"http://{host}:{port}"
     llm = LLM(endpoint=url, model="tiny", sampling_parameters={"max_tokens": 120})
     await store.add_resources({"main_llm": llm})

@@ -43,6 +43,10 @@ class StoreClient(Protocol):
         self, rollout_id: str, attempt_id: str | None = None
     ) -> list[dict[str, Any]]: ...
 
+    async def update_attempt(
+        self, rollout_id: str, attempt_id: str, *, metadata: dict[str, Any]
+    ) -> Attempt: ...
+
 
 @dataclass(frozen=True)
 class CallPath:
@@ -69,6 +73,7 @@ class Live:
         None  # the refusal to give, once the store has said that the attempt is over
     )
     last_error: str | None = None
+    unanswered: bool = False  # whether the last call got no answer, as the store knows
     disconnects: int = 0
     open_calls: int = 0
     used: float = 0.0
@@ -213,6 +218,18 @@ class Attempts:
         except (Conflict, NotFound) as error:
             live.ended = f"{path} is over: {error}"
             raise Refusal(410, live.ended, code="attempt_ended") from error
+
+    async def note_unanswered(self, path: CallPath, live: Live, why: str | None) -> None:
+        """Tell the store whether the attempt's last call got an answer (`why` None) or not, where that changes: an attempt
+        that ends on an unanswered call ends `engine_error`, also when its agent swallowed the error."""
+        if why is None and not live.unanswered:
+            return
+        metadata = {} if why is None else {UNANSWERED_CALL: why}
+        await self._ask(
+            self._store.update_attempt(path.rollout_id, path.attempt_id, metadata=metadata),
+            f"the note of an unanswered call of {path}",
+        )
+        live.unanswered = why is not None
 
     async def state(self, path: CallPath) -> dict[str, Any]:
         """What a runner asks at the end of an attempt: calls answered, engine errors (and the last one), retokenized tokens,

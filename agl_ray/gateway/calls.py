@@ -58,17 +58,17 @@ class Call:
         while call is not None and upto is not None:
             parts.append(call.response_ids[: call.num_ids(upto) - call.num_prompt_ids])
             parts.append(call.rest_ids)
-            call, upto = call.parent, call.point
+            upto, call = call.point, call.parent
         return list(itertools.chain.from_iterable(reversed(parts)))
 
     def said(self, point: Point) -> list[Call]:
         """The calls whose responses are in the sequence up to a point, newest first."""
         found = [] if point is Point.PROMPT else [self]
-        call: Call = self
-        while call.parent is not None:
+        call, parent = self, self.parent
+        while parent is not None:
             if call.point is not Point.PROMPT:
-                found.append(call.parent)
-            call = call.parent
+                found.append(parent)
+            call, parent = parent, parent.parent
         return found
 
 

@@ -301,6 +301,7 @@ class Door:
             timings=call.timings,
         )
         await self.attempts.journal(call.path, call.live, batch, call.call_id)
+        await self.attempts.note_unanswered(call.path, call.live, None)
         session = call.live.sessions[call.path.role]
         session.add(
             call.plan, call.call_id, answer.response_ids, body_text, end_text, result.message()
@@ -326,6 +327,7 @@ class Door:
             end_ns=time.time_ns(),
         )
         await self.attempts.journal(path, call.live, batch, f"{call.call_id}-failed")
+        await self.attempts.note_unanswered(path, call.live, message)
         return Refusal(503, message, code="engine_error", kind="server_error")
 
 

@@ -4,7 +4,7 @@ Called by: the door. A call span holds the exact ids in suffix form (`parent_cal
 attributes, as JSON: `request` {messages from `messages_from` on, tools, sampling, metadata}, `response` (the message returned),
 `agl.session` (text of the new part of the prompt, raw text of the response, where it continues its parent), `agl.timings`
 (seconds), `agl.retokenized_tokens` and, for a branch, `agl.branch_reason`. A gateway that was restarted reads these spans and
-goes on exactly. Test alone: `pytest tests/unit/test_gateway_record.py`.
+goes on exactly. Test alone: `pytest tests/unit/test_gateway_door.py`.
 """
 
 from __future__ import annotations

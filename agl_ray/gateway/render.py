@@ -8,11 +8,14 @@ Test alone: `pytest tests/unit/test_gateway_render.py`.
 
 from __future__ import annotations
 
+import functools
 import logging
 import secrets
 from collections.abc import Sequence
 from pathlib import Path
 from typing import Any, Protocol
+
+import msgspec
 
 from agl_ray.gateway.canonical import Refusal, ToolCall
 from agl_ray.types import InputError
@@ -96,7 +99,8 @@ class Renderer:
             raise ValueError("find_tool_calls: this renderer was made without a tool parser")
         if self.tool_start is not None and self.tool_start not in text:
             return text, []
-        found = self._parser(self._tokenizer).extract_tool_calls(text, _parser_request(tools))
+        request = _parser_request(msgspec.json.encode(tools))
+        found = self._parser(self._tokenizer).extract_tool_calls(text, request)
         if not found.tools_called:
             return text, []
         calls = [
@@ -176,8 +180,6 @@ def _load_tokenizer(folder: Path) -> Any:
 
 def _stop_ids(tokenizer: Any, folder: Path) -> frozenset[int]:
     """Ids that end a turn: the tokenizer's end-of-sequence and those of generation_config.json, as the engine reads them."""
-    import msgspec
-
     ids = {tokenizer.eos_token_id} if tokenizer.eos_token_id is not None else set()
     path = folder / "generation_config.json"
     if path.exists():
@@ -200,10 +202,14 @@ def _load_parser(name: str) -> Any:
         ) from error
 
 
-def _parser_request(tools: list[dict[str, Any]]) -> Any:
-    """vLLM's own request object: most parsers ignore it, some look up the schemas of the tools."""
+@functools.lru_cache(maxsize=64)
+def _parser_request(tools: bytes) -> Any:
+    """vLLM's own request object: most parsers ignore it, some look up the schemas of the tools (given as JSON)."""
     from vllm.entrypoints.openai.chat_completion.protocol import ChatCompletionRequest
 
     return ChatCompletionRequest(
-        model="", messages=[{"role": "user", "content": ""}], tools=tools, tool_choice="auto"
+        model="",
+        messages=[{"role": "user", "content": ""}],
+        tools=msgspec.json.decode(tools),
+        tool_choice="auto",
     )

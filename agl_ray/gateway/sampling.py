@@ -72,6 +72,8 @@ def merge(request: Mapping[str, Any], rollout: Rollout, resource: LLM) -> dict[s
     merged = {**default, **request}
     if limits:
         merged["max_tokens"] = min(limits)
+    if isinstance(merged.get("stop"), str):
+        merged["stop"] = [merged["stop"]]
     return {key: value for key, value in merged.items() if value is not None}
 
 

@@ -3,7 +3,7 @@
 Called by: the door. A streamed answer and a whole one are read by the same functions, so that they give the same message; the
 stream only runs ahead with the text that is certain: not with what may become a stop string or a tool call. As in vLLM, special
 tokens inside an answer are shown only where tool calls are parsed, since some models write those with special tokens.
-Test alone: `pytest tests/unit/test_gateway_visible.py`.
+Test alone: `pytest tests/unit/test_gateway_door.py`.
 """
 
 from __future__ import annotations
