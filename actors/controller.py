@@ -339,6 +339,10 @@ class Controller:
             self._tell_soon(Progress(name="validation", done=done, total=len(rows)))
 
         result: Evaluation = await self._phase("validation", groups.evaluate(rows, step, progress))
+        attempts = [(r.rollout_id, r.attempt_id) for r in result.results if r.attempt_id]
+        self.ledger.retokenized_tokens += await self.learners.count_retokenized(
+            self.store, attempts
+        )
         if not result.scores:
             raise RunError(f"validation at step {step}: no rollout ended ok ({result.failures})")
         mean, interval = confidence_interval(result.scores)

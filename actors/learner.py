@@ -149,6 +149,17 @@ class LearnerRank:
         with self._turn, self._peers(f"training step {payload.step}"):
             return self._ready().train(payload)
 
+    def count_retokenized(self, store: LightningStore, attempts: list[tuple[str, str]]) -> int:
+        """On rank 0: re-derived tokens (contract 4) in the calls of these attempts. Here, since the controller reads no spans."""
+        from agl_ray.trajectory.rows import retokenized_tokens
+
+        read = waits.wait(
+            store.read_spans(attempts),
+            on=f"the store's spans of {len(attempts)} attempts",
+            seconds=self.config.learner.step_timeout_seconds,
+        )
+        return retokenized_tokens(asyncio.run(read))
+
     # --- state ---------------------------------------------------------------------------------
 
     def save(self, path: str) -> None:

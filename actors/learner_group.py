@@ -20,7 +20,7 @@ from actors.learner import LearnerRank, PeerLost
 from agl_ray.config import RunConfig
 from agl_ray.store import LightningStore
 from agl_ray.trajectory.batch import TrainBatch
-from agl_ray.types import RunError
+from agl_ray.types import RunError, replace
 from agl_ray.waits import wait
 
 START = 180.0  # seconds for the ranks to be placed, import torch and load the model
@@ -114,14 +114,20 @@ class LearnerGroup:
         metrics = await self._gather(refs, f"update of step {batch.step}", limit)
         return dict(metrics[0])
 
-    async def measure(self, batch: TrainBatch, store: LightningStore, rounds: int) -> float:
-        """Tokens per second of the forward and backward pass alone: `batch` laid out once, trained `rounds` times; the best."""
+    async def count_retokenized(
+        self, store: LightningStore, attempts: list[tuple[str, str]]
+    ) -> int:
+        """Tokens of these attempts that the gateway could not keep exact."""
         limit = self.config.learner.step_timeout_seconds
-        shares = await self._one(self.rank0.prepare.remote(store, batch), "rows to measure", limit)
+        counted = self.rank0.count_retokenized.remote(store, attempts)
+        return int(await self._one(counted, "the spans of a validation to be counted", limit))
+
+    async def measure(self, batch: TrainBatch, store: LightningStore, rounds: int) -> float:
+        """Tokens per second through the update alone (forward, backward, optimiser; rows laid out before): `batch` trained
+        `rounds` more times; the best."""
         rates = []
-        for _ in range(rounds):
-            refs = [rank.train.remote(s) for rank, s in zip(self.ranks, shares, strict=True)]
-            metrics = (await self._gather(refs, "a measured update", limit))[0]
+        for i in range(rounds):
+            metrics = await self.train(replace(batch, step=batch.step + 1 + i), store)
             rates.append(metrics["tokens_forward"] / metrics["seconds_train"])
         return float(max(rates))
 

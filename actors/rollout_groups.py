@@ -19,7 +19,6 @@ from agl_ray.trajectory.batch import GroupPlan, Member
 from agl_ray.types import (
     AgentFailure,
     Attempt,
-    AttemptStatus,
     EndReason,
     EnqueueRolloutRequest,
     Rollout,
@@ -30,7 +29,8 @@ from agl_ray.types import (
 )
 
 GRACE = 30.0  # seconds over the attempts' own deadlines before the controller gives a rollout up
-RETRY = (AttemptStatus.TIMEOUT, AttemptStatus.UNRESPONSIVE)
+# Not the agent's own errors: the same agent would fail on the same row again.
+RETRY = (EndReason.ENGINE_ERROR, EndReason.ENV_ERROR, EndReason.TIMEOUT, EndReason.LOST)
 PREFLIGHT_ROWS = 2
 
 

@@ -18,7 +18,16 @@ from typing import Any, Protocol
 from agl_ray.gateway.canonical import Refusal
 from agl_ray.gateway.record import counters, rebuild
 from agl_ray.gateway.session import Session
-from agl_ray.types import LLM, Attempt, Conflict, NotFound, ResourcesUpdate, Rollout, WaitTimeout
+from agl_ray.types import (
+    LLM,
+    UNANSWERED_CALL,
+    Attempt,
+    Conflict,
+    NotFound,
+    ResourcesUpdate,
+    Rollout,
+    WaitTimeout,
+)
 from agl_ray.waits import wait
 
 CHECK_SECONDS = 2.0  # an attempt that has ended may make calls for so long
@@ -162,6 +171,7 @@ class Attempts:
         _check_live(path, attempt)
         llm = self._llm(rollout, await self._resources(rollout))
         live = Live(rollout=rollout, llm=llm, counts=counters([]), checked=self._now())
+        live.unanswered = attempt is not None and UNANSWERED_CALL in attempt.metadata
         if attempt is not None and attempt.num_spans:
             rows = await self._ask(
                 self._store.query_spans(path.rollout_id, path.attempt_id), f"the spans of {path}"

@@ -18,7 +18,7 @@ import pyarrow as pa
 from agl_ray.learner.packing import Packed, pack
 from agl_ray.trajectory.batch import TrainBatch
 from agl_ray.trajectory.ragged import Array, Rows
-from agl_ray.trajectory.rows import AttemptRows, build_rows
+from agl_ray.trajectory.rows import AttemptRows, build_rows, retokenized_tokens
 
 if TYPE_CHECKING:
     from agl_ray.algorithms.base import Algorithm
@@ -78,6 +78,7 @@ def lay_out(
         "calls_greedy": float(built.num_greedy_calls),
         "rollouts_without_calls": float(built.num_without_calls),
         "tokens_of_batch": float(rows.weights.sum()),
+        "retokenized_tokens": float(retokenized_tokens(spans)),
     }
     if algorithm.skip_zero_advantage:
         chosen = np.flatnonzero(advantages_R != 0)

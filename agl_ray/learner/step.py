@@ -33,7 +33,8 @@ clip_high_fraction, corrected_fraction (shares of the trained tokens), entropy (
 Learner against engine, on tokens made by the current version: tokens_current, max_logprob_diff (nats), engine_kl (mean k3, nats).
 max_token_age: weight versions between a token and this step. Counts: tokens_trained, tokens_forward (their context included),
 tokens_of_batch (the denominator), rows, rows_dropped_overlong, tokens_dropped_overlong, rows_dropped_empty, groups,
-zero_signal_groups, rollouts, rollouts_without_calls, calls, calls_failed, calls_greedy, branches.
+zero_signal_groups, rollouts, rollouts_without_calls, calls, calls_failed, calls_greedy, branches,
+retokenized_tokens (of all calls).
 Seconds: seconds_read (spans from the store), seconds_layout (rows, packing), seconds_old_logprobs, seconds_forward_backward, seconds_optimizer,
 seconds_train (the last three and the rest of `train`).
 """

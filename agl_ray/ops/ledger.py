@@ -70,4 +70,4 @@ class Ledger(msgspec.Struct, kw_only=True):
             self.max_logprob_diff, float(metrics.get("max_logprob_diff", 0.0))
         )
         self.retokenized_tokens += int(metrics.get("retokenized_tokens", 0))
-        self.trained_tokens += int(metrics.get("tokens", 0))
+        self.trained_tokens += int(metrics.get("tokens_trained", 0))

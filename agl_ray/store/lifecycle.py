@@ -53,7 +53,6 @@ def begin(
     rollout = replace(
         rollout,
         status=RolloutStatus.PREPARING,
-        end_time=None,
         num_attempts=attempt.sequence_id,
     )
     state.put_rollout(rollout)
@@ -126,7 +125,8 @@ def status_after(state: State, rollout: Rollout, ended: Attempt) -> RolloutStatu
     if ended.end_reason is EndReason.CANCELLED:
         return RolloutStatus.CANCELLED
     config = rollout.config
-    if ended.status in config.retry_condition and ended.sequence_id < config.max_attempts:
+    retried = {ended.status, ended.end_reason} & {*config.retry_condition}
+    if retried and ended.sequence_id < config.max_attempts:
         return RolloutStatus.REQUEUING
     if ended.end_reason is EndReason.LOST:
         tries = state.attempts[rollout.rollout_id].values()

@@ -18,6 +18,7 @@ from agl_ray.store import edits, lifecycle
 from agl_ray.store.checks import check_end, check_id, check_json, clean_text
 from agl_ray.store.state import AttemptKey, BatchEntry, Snapshot, State
 from agl_ray.types import (
+    UNANSWERED_CALL,
     Attempt,
     AttemptedRollout,
     Conflict,
@@ -245,9 +246,12 @@ class Machine:
     ) -> Attempt:
         """End an attempt; the same end again changes nothing.
 
-        An attempt that ended `lost`, `timeout` or `cancelled` is returned as it is; another different end is a Conflict.
+        An attempt whose last model call got no answer ends `engine_error`, whatever its agent made of that. An attempt that ended `lost`, `timeout` or `cancelled` is returned as it is; another different end is a Conflict.
         """
         attempt = self.state.attempt(rollout_id, attempt_id)
+        unanswered = attempt.metadata.get(UNANSWERED_CALL)
+        if unanswered and reason in (EndReason.OK, EndReason.AGENT_ERROR):
+            reason, reward, error = EndReason.ENGINE_ERROR, None, unanswered
         check_end(attempt, reason, reward)
         if attempt.status.final:
             return attempt

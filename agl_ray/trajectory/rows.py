@@ -84,6 +84,13 @@ def build_rows(spans: pa.Table, attempts: Sequence[tuple[str, str]]) -> AttemptR
     )
 
 
+def retokenized_tokens(spans: pa.Table) -> int:
+    """How many tokens of earlier model output had to be re-derived in these calls, as the gateway counted (contract 4: 0)."""
+    attributes = spans.filter(pc.equal(spans["kind"], KIND_CALL))["attributes"]
+    counted = (dict(row or []).get("agl.retokenized_tokens", "0") for row in attributes.to_pylist())
+    return sum(int(value) for value in counted)
+
+
 # --- reading -------------------------------------------------------------------------------------
 
 

@@ -15,6 +15,7 @@ from agl_ray.types.errors import (
 )
 from agl_ray.types.resource import LLM, NamedResources, PromptTemplate, Resource, ResourcesUpdate
 from agl_ray.types.rollout import (
+    UNANSWERED_CALL,
     Attempt,
     AttemptedRollout,
     AttemptStatus,
@@ -33,6 +34,7 @@ from agl_ray.types.rollout import (
 
 __all__ = [
     "LLM",
+    "UNANSWERED_CALL",
     "AgentFailure",
     "AglError",
     "Attempt",

@@ -83,25 +83,37 @@ class Record(msgspec.Struct, frozen=True, kw_only=True):
     """Base of all records."""
 
 
+UNANSWERED_CALL = "unanswered_call"
+"""Key in `Attempt.metadata`: why the attempt's last model call got no answer; no such key once a later call was answered.
+An agent that goes on without the answer would end `ok` with a reward that means nothing, so the store ends it `engine_error`."""
+
+
 class RolloutConfig(Record, frozen=True):
     """Limits of one rollout.
 
     timeout_seconds: deadline of one attempt, from its start; None = the pool's.
     unresponsive_seconds: an attempt without span or heartbeat for this long is `lost`; None = the store's lease.
     max_attempts: attempts at most, the first one included (>= 1).
-    retry_condition: attempt statuses after which another attempt is made.
+    retry_condition: attempt statuses (agent-lightning's, such as `failed`) or end reasons (`engine_error`) after which another
+    attempt is made.
     """
 
     timeout_seconds: float | None = None
     unresponsive_seconds: float | None = None
     max_attempts: int = 1
-    retry_condition: tuple[AttemptStatus, ...] = ()
+    retry_condition: tuple[str, ...] = ()
 
     def __post_init__(self) -> None:
         if self.max_attempts < 1:
             raise ValueError(
                 f"RolloutConfig.max_attempts: expected 1 or more, got {self.max_attempts}"
             )
+        known = {*AttemptStatus, *EndReason}
+        for condition in self.retry_condition:
+            if condition not in known:
+                raise ValueError(
+                    f"RolloutConfig.retry_condition: expected some of {sorted(known)}, got {condition!r}"
+                )
 
 
 class Rollout(Record, frozen=True):

@@ -30,7 +30,7 @@ def config(**rollout: Any) -> RunConfig:
     )
 
 
-@pytest.fixture()
+@pytest.fixture
 def store(ray_cluster: None, tmp_path: Path) -> Iterator[LightningStore]:
     import ray
 
