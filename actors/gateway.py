@@ -177,6 +177,11 @@ def serve_environment(config: RunConfig) -> dict[str, str]:
     }
 
 
+def check_door(config: RunConfig) -> None:
+    """InputError when `gateway.port` is given and taken, or `gateway.host` is no address of this machine."""
+    _check_free(config.gateway.host, config.gateway.port)
+
+
 def start_serve(config: RunConfig) -> tuple[str, int]:
     """Start Serve with its HTTP door at `gateway.host` and `gateway.port` (0: a free one) and return (host, port).
 

@@ -23,7 +23,13 @@ from ray.serve.schema import ApplicationStatus
 
 from actors.controller import Controller
 from actors.engine import engine_deployment
-from actors.gateway import gateway_deployment, serve_environment, start_serve
+from actors.gateway import (
+    check_door,
+    gateway_deployment,
+    serve_environment,
+    start_serve,
+    wait_until_open,
+)
 from actors.model_maker import ModelMaker
 from actors.ray_cluster import joined
 from actors.store import create_store
@@ -43,6 +49,7 @@ APPLICATION = "agl_ray"
 STOP = 3.0  # seconds the controller gets to end runners and learner
 EXAMPLES = 3
 REASON = 1500  # characters of Serve's own message that are shown
+OPEN = 30.0  # seconds for the HTTP door to answer once Serve says that it runs
 START = 120.0  # seconds for a plain actor to start
 
 
@@ -78,7 +85,8 @@ class RunSession:
         return self._store
 
     def start_services(self) -> None:
-        """Ray, the store, weight sync."""
+        """Ray, the store, weight sync. InputError at once when the HTTP door's port is taken."""
+        check_door(self.config)
         self._stack.enter_context(
             joined(self.config, self.namespace, serve_environment(self.config))
         )
@@ -156,6 +164,7 @@ class RunSession:
             wait_for_applications_running=False,
         )
         self._wait_for_serving(boot)
+        wait_until_open(host, port, OPEN)
         return f"http://{host}:{port}"
 
     def _wait_for_serving(self, boot: Any) -> None:
