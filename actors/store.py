@@ -10,6 +10,7 @@ tests/integration/test_store_actor.py, tests/faults/test_store_kill.py.
 from __future__ import annotations
 
 import asyncio
+import os
 import time
 import warnings
 from typing import Any
@@ -44,6 +45,10 @@ class Store:
         if core is None or core.failure is not None:
             core = await self._open()
         return await getattr(core, command)(*arguments)
+
+    async def pid(self) -> int:
+        """The process id of this life (fault tests kill it)."""
+        return os.getpid()
 
     async def shutdown(self) -> None:
         """Flush and close the journal; the process is then ready to be killed."""

@@ -121,7 +121,7 @@ class GroupCommit:
         return self._group or self._writing
 
     def _write(self) -> None:
-        if self._writing is not None or self._group is None:
+        if self._group is None:
             return
         self._writing, self._group = self._group, None
         rows, self._rows = list(self._rows.values()), {}

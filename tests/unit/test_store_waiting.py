@@ -42,9 +42,10 @@ def test_a_cancelled_taker_hands_its_wake_on() -> None:
         await started(first, second)
         waiters.wake(1)
         first.cancel()
-        assert await second
         with pytest.raises(asyncio.CancelledError):
             await first
+        await started(second)
+        assert second.done()
 
     asyncio.run(main())
 
