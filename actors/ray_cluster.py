@@ -11,6 +11,7 @@ import logging
 import os
 import socket
 from collections.abc import Iterator
+from typing import Any
 
 import psutil
 import ray
@@ -19,6 +20,8 @@ from agl_ray.config import RunConfig
 from agl_ray.types import InputError
 
 CONNECT = 5.0  # seconds for the TCP check of a given address
+log = logging.getLogger(__name__)
+
 LEAVE = 3.0  # seconds that local processes get to end after ray.shutdown before they are killed
 
 
@@ -46,35 +49,65 @@ def check_reachable(address: str) -> None:
 
 @contextlib.contextmanager
 def joined(config: RunConfig, namespace: str, env: dict[str, str]) -> Iterator[None]:
-    """Ray, for as long as the block runs. `env` goes to every process of a local Ray.
+    """Ray, for as long as the block runs. `env` goes to every process of a local Ray, or to every process of this job.
 
     A local Ray is ended with the block and none of its processes outlives it; a cluster is only left.
     """
     address = cluster_address(config)
-    os.environ.update(env)
     if address is not None:
         check_reachable(address)
-        ray.init(
-            address=address, namespace=namespace, runtime_env={"env_vars": env}, log_to_driver=False
-        )
-    else:
-        ray.init(
-            address="local",
-            namespace=namespace,
-            num_cpus=config.cluster.local_cpus or max(2, os.cpu_count() or 2),
-            object_store_memory=config.cluster.object_store_mib * 1024 * 1024,
-            include_dashboard=False,
-            log_to_driver=False,
-            logging_level=logging.ERROR,
-        )
-    before = [] if address is not None else psutil.Process().children(recursive=True)
+    os.environ.update(env)
+    ours: dict[int, psutil.Process] = {}
     try:
+        _init(config, address, namespace, env)
+        _quiet()
+        if address is None:
+            ours = _children()
         yield
     finally:
         if address is None:
-            before += psutil.Process().children(recursive=True)
+            ours |= _children()
         ray.shutdown()
-        _end({process.pid: process for process in before})
+        _end(ours)
+
+
+def _init(config: RunConfig, address: str | None, namespace: str, env: dict[str, str]) -> None:
+    common: dict[str, Any] = {
+        "namespace": namespace,
+        "log_to_driver": False,
+        "logging_level": logging.ERROR,
+    }
+    if address is not None:
+        ray.init(address=address, runtime_env={"env_vars": env}, **common)
+        return
+    ray.init(
+        address="local",
+        num_cpus=config.cluster.local_cpus or max(2, os.cpu_count() or 2),
+        object_store_memory=config.cluster.object_store_mib * 1024 * 1024,
+        include_dashboard=False,
+        **common,
+    )
+
+
+def _quiet() -> None:
+    """What Ray says to the terminal about dying workers goes to our log: the run says itself what died and what it did about it."""
+    logging.getLogger("ray.serve").setLevel(logging.WARNING)
+    try:
+        from ray._private.ray_logging import global_worker_stdstream_dispatcher as dispatcher
+    except ImportError:  # a newer Ray: then its lines show between ours
+        log.info("this Ray's messages cannot be redirected")
+        return
+    dispatcher.remove_handler("ray_print_logs")
+    dispatcher.add_handler("ray_print_logs", _log_lines)
+
+
+def _log_lines(data: dict[str, Any]) -> None:
+    for line in data.get("lines", []):
+        log.info("ray: %s", str(line).strip())
+
+
+def _children() -> dict[int, psutil.Process]:
+    return {process.pid: process for process in psutil.Process().children(recursive=True)}
 
 
 def _end(processes: dict[int, psutil.Process]) -> None:
