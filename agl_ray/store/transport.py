@@ -15,6 +15,8 @@ from agl_ray import waits
 from agl_ray.store.core import StoreCore
 from agl_ray.types import StoreError
 
+END_SECONDS = 30.0  # for Ray to note that a killed actor has ended
+
 
 class StoreAway(Exception):
     """The store's process died or restarts; whether the command was carried out is not known."""
@@ -80,15 +82,28 @@ class ActorTransport:
             raise StoreAway(str(error)) from error
 
     async def _still_there(self, error: Exception) -> None:
-        """StoreError where the actor will not come back: its name is free again."""
+        """StoreError where the actor will not come back."""
+        if not await self._is_named():
+            raise StoreError(f"store {self.name!r} has ended for good: {error}") from error
+
+    async def _is_named(self) -> bool:
+        """Whether the actor lives or will live again: Ray frees the name of one that ended for good."""
         import ray
 
         try:
             await asyncio.to_thread(ray.get_actor, self.name, namespace=self.namespace)
         except ValueError:
-            raise StoreError(f"store {self.name!r} has ended for good: {error}") from error
+            return False
+        return True
 
     async def close(self) -> None:
+        """Returns when Ray has noted the end, so that the name can be used again."""
         import ray
 
         ray.kill(self.handle, no_restart=True)
+        on = f"Ray to note the end of store {self.name!r}"
+        await waits.wait(self._ended(), on=on, seconds=END_SECONDS)
+
+    async def _ended(self) -> None:
+        while await self._is_named():  # noqa: ASYNC110 - Ray offers no event for it
+            await asyncio.sleep(0.02)

@@ -11,9 +11,10 @@ from typing import Any
 
 import pytest
 
-from actors.store import create_store
+from actors.store import Store, create_store
 from agl_ray.spans import span_batch
 from agl_ray.store import LightningStore
+from agl_ray.store.transport import ActorTransport
 from agl_ray.types import EndReason, EnqueueRolloutRequest, RolloutStatus
 
 KILLS = 4
@@ -113,6 +114,46 @@ def test_kill_9_loses_nothing_acknowledged_and_repeats_nothing(tmp_path: Path) -
     again = create_store("store", namespace, url)  # and once more from the closed file
     asyncio.run(check(again, seen))
     asyncio.run(again.shutdown())
+
+
+COMMANDS = ("enqueue", "dequeue", "add_spans", "end_attempt", "put_state")
+
+
+def dying_store(namespace: str, url: str, folder: str) -> LightningStore:
+    """A store that dies once per command in COMMANDS, each time after the commit and before the answer."""
+    import ray
+
+    class DyingStore(Store):
+        async def call(self, command: str, *arguments: Any) -> Any:
+            answer = await super().call(command, *arguments)
+            if command in COMMANDS and answer != [] and first_time(f"{folder}/{command}"):
+                os.kill(os.getpid(), 9)
+            return answer
+
+    def first_time(mark: str) -> bool:
+        try:
+            os.close(os.open(mark, os.O_CREAT | os.O_EXCL))
+        except FileExistsError:
+            return False
+        return True
+
+    options = {"name": "store", "namespace": namespace, "num_cpus": 0, "max_restarts": -1}
+    actor = ray.remote(DyingStore).options(**options, max_concurrency=1000).remote(url)
+    return LightningStore(ActorTransport(actor, "store", namespace))
+
+
+def test_an_answer_lost_after_its_commit_is_given_again(tmp_path: Path) -> None:
+    seen = Seen()
+
+    async def main() -> None:
+        store = dying_store(f"ns-{tmp_path.name}", f"sqlite:///{tmp_path}/store.db", str(tmp_path))
+        workers = [work(store, seen, f"w{i}", random.Random(i)) for i in range(WORKERS)]
+        await asyncio.gather(enqueue(store, seen, ROLLOUTS_PER_KILL), *workers)
+        assert (await store.statistics())["restarts"] == len(COMMANDS)
+        await check(store, seen)
+        await store.shutdown()
+
+    asyncio.run(main())
 
 
 async def check(store: LightningStore, seen: Seen) -> None:
