@@ -80,6 +80,7 @@ class Engine:
     async def __init__(  # type: ignore[misc]
         self, config: RunConfig, model_path: str, namespace: str, follow: bool = True
     ) -> None:
+        began = time.monotonic()
         check_vllm()
         check_folder(Path(model_path))
         self.replica_id, rank = _replica_identity()
@@ -94,7 +95,7 @@ class Engine:
         if follow:
             about = {"replica_id": self.replica_id, "device": _device(config.engine)}
             follower = WeightFollower(self, namespace, about)
-            await follower.first(config.engine.start_seconds)
+            await follower.first(config.engine.start_seconds - (time.monotonic() - began))
             self._following = asyncio.create_task(follower.run())
 
     async def generate(self, request: GenerateRequest) -> GenerateResult:

@@ -39,8 +39,8 @@ class Follower:
     replica_id: str
     actor: ActorHandle
     device: str
-    version: int | None
-    checksum: str | None
+    version: int | None = None
+    checksum: str | None = None
     order: dict[str, Any] | None = None
     """What it should do and has not reported yet; given again when it asks again."""
     posted: asyncio.Event = field(default_factory=asyncio.Event)

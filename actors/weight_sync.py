@@ -37,13 +37,16 @@ __all__ = ["SenderLost", "WeightSync", "create_weight_sync"]
 class WeightSync:
     """The actor class; see the module. Make it with `create_weight_sync`."""
 
-    def __init__(self, config: WeightsConfig) -> None:
-        self._config = config
+    def __init__(self, config: WeightsConfig, replicas: int) -> None:
+        """`replicas`: how many engines the run has; more replica ids than that are replacements."""
+        self._config, self._replicas = config, replicas
+        self._seen: set[str] = set()
         self._followers: dict[str, Follower] = {}
         self._courier = Courier(config)
         self._manifest: dict[str, Any] | None = None
         self._delivering = asyncio.Lock()
         self._behind = asyncio.Event()
+        self._news: list[str] = []
         self._catching_up: asyncio.Task[None] | None = None
         restarted = ray.get_runtime_context().was_current_actor_reconstructed
         self._settled_at = time.monotonic() + (SETTLE_SECONDS if restarted else 0.0)
@@ -61,6 +64,11 @@ class WeightSync:
             "followers": {f.replica_id: f.version for f in self._followers.values()},
         }
 
+    async def take_news(self) -> list[str]:
+        """A sentence for each replica that Serve started in place of a lost one, since the last call."""
+        news, self._news = self._news, []
+        return news
+
     async def set_learner(self, learner: ActorHandle) -> None:
         """Take `learner` (rank 0; has `send_weights(order)`) as the sender from now on."""
         self._courier.learner = learner
@@ -71,14 +79,18 @@ class WeightSync:
     async def register(self, about: dict[str, Any]) -> None:
         """An engine replica follows from now on. `about`: replica_id, actor (its handle), device, version and checksum it has (None: none),
         known (manifest and learner of its last order, for an actor that has just been restarted)."""
-        follower = Follower(
-            about["replica_id"],
-            about["actor"],
-            about["device"],
-            about["version"],
-            about["checksum"],
-        )
-        self._followers[follower.replica_id] = follower
+        replica_id, version = about["replica_id"], about["version"]
+        follower = self._followers.get(replica_id)
+        if follower is None:
+            follower = Follower(replica_id, about["actor"], about["device"])
+            self._followers[replica_id] = follower
+        follower.version, follower.checksum = version, about["checksum"]
+        if replica_id not in self._seen:
+            self._seen.add(replica_id)
+            if len(self._seen) > self._replicas and version is None:
+                self._news.append(
+                    f"engine replica {replica_id} was started in place of a lost one; it takes the current weights before it serves"
+                )
         known = about["known"]
         if self._manifest is None and known is not None:
             self._manifest, self._courier.learner = (
@@ -200,6 +212,6 @@ def create_weight_sync(config: RunConfig, namespace: str) -> ActorHandle:
             max_task_retries=-1,
             get_if_exists=True,
         )
-        .remote(config.weights)
+        .remote(config.weights, config.engine.replicas)
     )
     return actor

@@ -87,6 +87,9 @@ def test_engines_take_the_first_version_and_follow(peers: Callable[..., Peers]) 
     for engine in p.engines:
         assert ray.get(engine.state.remote())["applied"][-1] == (1, second["checksum"])
     assert second["checksum"] != first["checksum"]
+    # Configured for one replica, so whichever came second counts as a replacement; told once.
+    assert len(ray.get(p.sync.take_news.remote())) == 1
+    assert ray.get(p.sync.take_news.remote()) == []
 
 
 def test_publishing_without_engines_returns_and_a_late_engine_is_caught_up(
