@@ -81,6 +81,7 @@ class Controller:
         self._body: asyncio.Task[dict[str, Any]] | None = None
         self._pool: RunnerPool | None = None
         self._failures: dict[str, int] = {}
+        self._store_restarts: int | None = None
         self._counted_until = time.time()
 
     async def ping(self) -> str:
@@ -180,6 +181,8 @@ class Controller:
         by phase.
         """
         self._counted_until = started
+        # The engines of the start may have come after the first publish: they replace nobody.
+        await wait(self.sync.take_news.remote(), on="news of weight sync", seconds=60)
         for phase, spent in seconds.items():
             self.ledger.book(phase, spent)
         self._body = asyncio.ensure_future(self._run(endpoint))
@@ -354,6 +357,7 @@ class Controller:
         now = time.time()
         self.ledger.total_seconds += now - self._counted_until
         self._counted_until = now
+        await self._hear()
         self.ledger.next_row = groups.position
         if self._pool is not None:
             self.ledger.runner_restarts += self._pool.replaced
@@ -390,6 +394,19 @@ class Controller:
         self.metrics.write(row)
         await self._tell(StepDone(step=batch.step, steps=self.config.train.steps, metrics=row))
 
+    async def _hear(self) -> None:
+        """Pass on which engines and how often the store were started again."""
+        news = await wait(self.sync.take_news.remote(), on="news of weight sync", seconds=60)
+        self.ledger.engine_restarts += len(news)
+        for text in news:
+            await self._tell(Notice(text=text))
+        restarts = (await self.store.statistics())["restarts"]
+        if self._store_restarts is not None and restarts > self._store_restarts:
+            self.ledger.store_restarts += restarts - self._store_restarts
+            text = "the store died and was restored from its journal; nothing acknowledged was lost"
+            await self._tell(Notice(text=text))
+        self._store_restarts = restarts
+
     async def _new_failures(self) -> dict[str, int]:
         """Attempts that did not end ok since the last call, by end reason."""
         ends = (await self.store.statistics())["attempts_by_reason"]
@@ -404,7 +421,6 @@ class Controller:
             "ledger": self.ledger,
             "counted_until": self._counted_until,
             "end_reasons": statistics["attempts_by_reason"],
-            "store_restarts": statistics["restarts"],
         }
 
     async def measure_learner(self, rounds: int) -> float:

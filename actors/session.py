@@ -9,11 +9,9 @@ from __future__ import annotations
 import asyncio
 import contextlib
 import shutil
-import signal
-import threading
 import time
 from pathlib import Path
-from types import FrameType, TracebackType
+from types import TracebackType
 from typing import Any
 
 import ray
@@ -30,6 +28,7 @@ from actors.gateway import (
     start_serve,
     wait_until_open,
 )
+from actors.interruption import Interruption
 from actors.model_maker import ModelMaker
 from actors.ray_cluster import joined
 from actors.store import create_store
@@ -60,14 +59,13 @@ class RunSession:
         self.config, self.folder, self.display = config, folder, display
         self.namespace = folder.name
         self._stack = contextlib.ExitStack()
+        self._interruption = Interruption()
         self._store: LightningStore | None = None
         self._rows: list[ray.ObjectRef] = []
         self._sync: ActorHandle | None = None  # held: Ray ends an actor whose last handle is gone
 
     def __enter__(self) -> RunSession:
-        if threading.current_thread() is threading.main_thread():
-            previous = signal.signal(signal.SIGTERM, _interrupt)
-            self._stack.callback(signal.signal, signal.SIGTERM, previous)
+        self._interruption.arm()
         return self
 
     def __exit__(
@@ -76,7 +74,11 @@ class RunSession:
         error: BaseException | None,
         traceback: TracebackType | None,
     ) -> None:
-        self._stack.close()
+        self._interruption.leave()
+        try:
+            self._stack.close()
+        finally:
+            self._interruption.restore()
 
     @property
     def store(self) -> LightningStore:
@@ -90,9 +92,14 @@ class RunSession:
         self._stack.enter_context(
             joined(self.config, self.namespace, serve_environment(self.config))
         )
+        self._interruption.arm()  # Ray has set handlers of its own
         url = self.config.store.url or f"sqlite:///{self.folder / 'store.db'}"
         self._store = create_store(
-            "store", self.namespace, url, cache_mib=self.config.store.cache_mib
+            "store",
+            self.namespace,
+            url,
+            lease_seconds=self.config.runners.lease_seconds,
+            cache_mib=self.config.store.cache_mib,
         )
         self._sync = create_weight_sync(self.config, self.namespace)
 
@@ -208,7 +215,7 @@ class RunSession:
                 "runner": ledger.runner_restarts,
                 "learner": ledger.learner_restarts,
                 "engine": ledger.engine_restarts,
-                "store": facts["store_restarts"],
+                "store": ledger.store_restarts,
             },
             dropped_groups=ledger.dropped_groups,
         )
@@ -245,7 +252,3 @@ def _reason(status: Any) -> str:
     text = "\n".join(part.strip() for part in parts if part.strip())
     # The cause stands at the end of a remote traceback.
     return text if len(text) <= REASON else f"...{text[-REASON:]}"
-
-
-def _interrupt(number: int, frame: FrameType | None) -> None:
-    raise KeyboardInterrupt

@@ -58,6 +58,7 @@ class Ledger(msgspec.Struct, kw_only=True):
     learner_restarts: int = 0
     runner_restarts: int = 0
     engine_restarts: int = 0
+    store_restarts: int = 0
 
     def book(self, phase: str, seconds: float) -> None:
         self.seconds[phase] = self.seconds.get(phase, 0.0) + seconds
