@@ -35,6 +35,7 @@ from actors.store import create_store
 from actors.weight_sync import create_weight_sync
 from agl_ray.config import RunConfig
 from agl_ray.gateway.conversation import conversation
+from agl_ray.gateway.engine_api import GenerateRequest
 from agl_ray.ops.curves import draw_curves
 from agl_ray.ops.display import Display
 from agl_ray.ops.events import Done, Progress
@@ -191,6 +192,12 @@ class RunSession:
                 raise WaitTimeout("engine and gateway to start", limit, _reason(status))
             if booted:
                 time.sleep(0.2)
+
+    def time_engine(self, requests: list[GenerateRequest]) -> tuple[int, float]:
+        """(response tokens, seconds) of `requests` answered by one engine alone, all at once."""
+        handle = serve.get_deployment_handle("Engine", APPLICATION)
+        timed: tuple[int, float] = handle.time_calls.remote(requests).result(timeout_s=300)
+        return timed
 
     def finish(self, facts: dict[str, Any]) -> dict[str, Any]:
         """Write summary.json and curves.png and show the end; the summary."""

@@ -21,9 +21,13 @@ def check_model_folder(path: Path) -> None:
         raise InputError(f"model.path: there is no folder {path}; give a Hugging Face model folder")
     have = ", ".join(sorted(entry.name for entry in path.iterdir())[:12]) or "nothing"
     if not (path / "config.json").is_file():
-        raise InputError(f"model.path: {path} has no config.json, so it is no Hugging Face model folder; it has {have}")
+        raise InputError(
+            f"model.path: {path} has no config.json, so it is no Hugging Face model folder; it has {have}"
+        )
     if not any(list(path.glob(pattern)) for pattern in WEIGHTS):
-        raise InputError(f"model.path: {path} has no weights (*.safetensors or *.bin); it has {have}")
+        raise InputError(
+            f"model.path: {path} has no weights (*.safetensors or *.bin); it has {have}"
+        )
     if not any((path / name).is_file() for name in TOKENIZERS):
         raise InputError(
             f"model.path: {path} has no tokenizer (one of {', '.join(TOKENIZERS)}); it has {have}. "
