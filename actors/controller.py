@@ -30,6 +30,7 @@ from ray.actor import ActorHandle
 from actors.learner_group import LearnerGroup, LearnerLost
 from actors.rollout_groups import GroupRollouts
 from actors.runner_pool import RunnerPool
+from actors.weight_sync import SenderLost
 from agl_ray.agents import LitAgent
 from agl_ray.config import RunConfig
 from agl_ray.ops.events import Event, Notice, Phase, Progress, StepDone, Validation
@@ -138,7 +139,7 @@ class Controller:
             self.ledger = from_json(saved, Ledger)
             self.metrics.cut(self.ledger.step)
         await self._restore_learners(self.ledger.step)
-        await self._publish(self.ledger.step, seconds=self.config.engine.start_seconds)
+        await self._publish_again(self.ledger.step, self.config.engine.start_seconds)
         return self.ledger.step
 
     async def _restore_learners(self, step: int) -> None:
@@ -163,11 +164,14 @@ class Controller:
         """Stage `version` and bring it into every engine."""
         manifest = await self.learners.stage(version)
         limit = seconds or self.config.weights.timeout_seconds
-        result = await wait(
-            self.sync.publish.remote(manifest, limit),
-            on=f"weights of version {version} to reach the engines",
-            seconds=limit + 30,
-        )
+        try:
+            result = await wait(
+                self.sync.publish.remote(manifest, limit),
+                on=f"weights of version {version} to reach the engines",
+                seconds=limit + 30,
+            )
+        except SenderLost as error:
+            raise LearnerLost(f"learner rank 0 died while it sent version {version}") from error
         for text in result.get("notices", []):
             await self._tell(Notice(text=text))
         return dict(result)
@@ -306,11 +310,11 @@ class Controller:
             except LearnerLost as error:
                 await self._recover(error, batch.step - 1)
 
-    async def _publish_again(self, version: int) -> dict[str, Any]:
+    async def _publish_again(self, version: int, seconds: float | None = None) -> dict[str, Any]:
         """Publish `version`; a learner that dies meanwhile is made again with the weights of `version`."""
         while True:
             try:
-                return await self._publish(version)
+                return await self._publish(version, seconds)
             except LearnerLost as error:
                 await self._recover(error, version)
 

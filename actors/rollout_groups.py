@@ -7,6 +7,8 @@ Plain asyncio over the store's client; no actor of its own. Three askers: `prefl
 from __future__ import annotations
 
 import asyncio
+import json
+import zlib
 from collections import Counter
 from collections.abc import Callable
 from typing import Any
@@ -59,9 +61,14 @@ class GroupRollouts:
 
     def _request(self, row: Any, mode: str, metadata: dict[str, Any]) -> EnqueueRolloutRequest:
         settings = self.config.rollout
-        temperature = (
-            settings.temperature if mode == "train" else self.config.validation.temperature
-        )
+        sampling: dict[str, Any] = {
+            "temperature": settings.temperature
+            if mode == "train"
+            else self.config.validation.temperature,
+            "max_tokens": settings.max_tokens,
+        }
+        if settings.seeded:
+            sampling["seed"] = _seed(self.config.seed, mode, metadata)
         return EnqueueRolloutRequest(
             input=row,
             mode=mode,
@@ -72,10 +79,7 @@ class GroupRollouts:
                 max_attempts=settings.max_attempts,
                 retry_condition=RETRY,
             ),
-            metadata={
-                **metadata,
-                "sampling": {"temperature": temperature, "max_tokens": settings.max_tokens},
-            },
+            metadata={**metadata, "sampling": sampling},
             rollout_id=new_id("ro"),
         )
 
@@ -187,6 +191,12 @@ def _result(rollout: Rollout, attempt: Attempt | None) -> RowResult:
         reward=attempt.reward if attempt and usable else None,
         end_reason=str(attempt.end_reason) if attempt else "not_started",
     )
+
+
+def _seed(run_seed: int, mode: str, metadata: dict[str, Any]) -> int:
+    """A seed for a rollout's first call; its later calls count on from it. Equal for the same place in the same run."""
+    place = [run_seed, mode, *(metadata.get(key) for key in ("step", "row", "group_index"))]
+    return zlib.crc32(json.dumps(place).encode()) % 2**31
 
 
 def _usable(attempt: Attempt) -> bool:

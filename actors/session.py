@@ -21,6 +21,7 @@ from ray.serve.schema import ApplicationStatus
 
 from actors.controller import Controller
 from actors.engine import engine_deployment
+from actors.engine_vllm import check_vllm
 from actors.gateway import (
     check_door,
     gateway_deployment,
@@ -30,7 +31,7 @@ from actors.gateway import (
 )
 from actors.interruption import Interruption
 from actors.model_maker import ModelMaker
-from actors.ray_cluster import joined
+from actors.ray_cluster import cluster_address, joined
 from actors.store import create_store
 from actors.weight_sync import create_weight_sync
 from agl_ray.config import RunConfig
@@ -90,6 +91,8 @@ class RunSession:
     def start_services(self) -> None:
         """Ray, the store, weight sync. InputError at once when the HTTP door's port is taken."""
         check_door(self.config)
+        if cluster_address(self.config) is None:
+            check_vllm()  # elsewhere the engine's own node says so
         self._stack.enter_context(
             joined(self.config, self.namespace, serve_environment(self.config))
         )

@@ -70,6 +70,9 @@ class RolloutSection(Section):
     """Attempts per rollout when one ends `engine_error`, `env_error`, `timeout` or `lost`. An agent error is not retried."""
     temperature: PositiveFloat = 1.0
     """Sampling temperature of training rollouts where the agent does not ask for one."""
+    seeded: bool = True
+    """Seed the sampling of every call by (run seed, row, member, number of the call), so that a run can be repeated; costs the
+    engine a little per call. False: the engine's own random stream."""
     max_tokens: Positive = 40
     """Most new tokens per model call where the agent does not ask for fewer."""
 

@@ -162,7 +162,7 @@ class Door:
                 param="tools",
                 code="unsupported_parameter",
             )
-        sampling = merge(request.sampling, live.rollout, live.llm)
+        sampling = merge(request.sampling, live.rollout, live.llm, live.counts["calls"])
         check(sampling, live.rollout.mode)
         session = live.sessions.setdefault(path.role, Session())
         plan = session.plan(request.messages, request.tools, self._renderer)

@@ -50,8 +50,14 @@ _RANGES: dict[str, tuple[float, float]] = {
 _MAX_STOP = 16
 
 
-def merge(request: Mapping[str, Any], rollout: Rollout, resource: LLM) -> dict[str, Any]:
-    """The parameters of a call by precedence; unknown keys of the resource or the rollout are refused, naming them."""
+def merge(
+    request: Mapping[str, Any], rollout: Rollout, resource: LLM, number: int = 0
+) -> dict[str, Any]:
+    """The parameters of a call by precedence; unknown keys of the resource or the rollout are refused, naming them.
+
+    number: how many calls the attempt has made before. A seed that the run gave counts on with it, so that no two calls of a
+    rollout draw the same noise; a seed in the request is taken as it is.
+    """
     override = rollout.metadata.get("sampling") or {}
     for where, given in (
         ("the LLM resource's sampling_parameters", resource.sampling_parameters),
@@ -72,6 +78,8 @@ def merge(request: Mapping[str, Any], rollout: Rollout, resource: LLM) -> dict[s
     merged = {**default, **request}
     if limits:
         merged["max_tokens"] = min(limits)
+    if default.get("seed") is not None and request.get("seed") is None:
+        merged["seed"] = (default["seed"] + number) % 2**31
     if isinstance(merged.get("stop"), str):
         merged["stop"] = [merged["stop"]]
     return {key: value for key, value in merged.items() if value is not None}
