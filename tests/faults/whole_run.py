@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import json
 import os
 import queue
@@ -103,10 +104,12 @@ class WholeRun:
             if line is None:
                 return self.process.wait(timeout=30)
             self.seen.append(line)
+            self._remember()
 
     def _remember(self) -> None:
-        children = psutil.Process(self.process.pid).children(recursive=True)
-        self.family |= {child.pid: child for child in children}
+        with contextlib.suppress(psutil.NoSuchProcess):  # it has just ended
+            children = psutil.Process(self.process.pid).children(recursive=True)
+            self.family |= {child.pid: child for child in children}
 
     def kill(self, title: str) -> int:
         """SIGKILL one process of the run whose command line contains `title`; its pid."""

@@ -3,6 +3,7 @@ half made by what could be known before."""
 
 from __future__ import annotations
 
+import socket
 from pathlib import Path
 
 import pytest
@@ -60,3 +61,15 @@ def test_a_model_folder_without_tokenizer(folder: Path, capsys: pytest.CaptureFi
     assert main(["train", "bad.yaml"]) == 2
     assert "has no tokenizer" in capsys.readouterr().err
     assert not (folder / "runs").exists()
+
+
+def test_the_gateways_port_is_taken(folder: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    """Known before Ray is started: the command is back at once."""
+    with socket.socket() as taken:
+        taken.bind(("127.0.0.1", 0))
+        taken.listen()
+        port = taken.getsockname()[1]
+        assert main(["train", "bad.yaml", f"gateway.port={port}"]) == 2
+    said = capsys.readouterr().err
+    assert f"cannot listen at 127.0.0.1:{port}" in said
+    assert "choose another port" in said
