@@ -20,6 +20,7 @@ from openai import AsyncOpenAI
 SYSTEM_PROMPT = "You are a calculator agent."
 MAX_TURNS = 3
 MAX_DIGITS = 12  # of a result; the calculator's display is no wider
+KEYS = set("0123456789+-*/%() ")
 
 TOOLS: list[dict[str, Any]] = [
     {
@@ -63,6 +64,8 @@ def evaluate(node: ast.expr) -> int:
 
 def calculator(expression: str) -> str:
     """The tool: the result as text, or "error"."""
+    if not KEYS.issuperset(expression):
+        return "error"
     try:
         return str(evaluate(ast.parse(expression.strip(), mode="eval").body))
     except (SyntaxError, ValueError, ZeroDivisionError, RecursionError):

@@ -6,18 +6,12 @@ every row of the task (task.py) with the endpoint at which the model being train
 
 from __future__ import annotations
 
-import re
 from typing import Any
 
 from agent import ask
+from task import is_right
 
 import agl_ray as agl
-
-
-def last_integer(text: str) -> int | None:
-    """The last integer in a text: "The answer is -338." -> -338; None where there is none."""
-    found = re.findall(r"-?\d+", text)
-    return int(found[-1]) if found else None
 
 
 @agl.rollout
@@ -26,4 +20,4 @@ async def calculator(task: dict[str, Any], llm: agl.LLM) -> float:
     answer = await ask(
         task["question"], model=llm.model, base_url=llm.endpoint, api_key=llm.api_key or "none"
     )
-    return float(last_integer(answer) == task["answer"])
+    return float(is_right(answer, task["answer"]))

@@ -13,9 +13,10 @@ from typing import Any
 
 import torch
 from agent import MAX_TURNS, SYSTEM_PROMPT, TOOLS, run_tool
+from task import is_right
 from transformers import DynamicCache
 
-TOOL_CALL = re.compile(r"<tool_call>(.*?)</tool_call>", re.DOTALL)
+TOOL_CALL = re.compile(r"<tool_call>(.*?)</tool_call>|<tool_call>(.*)", re.DOTALL)
 
 
 @torch.no_grad()
@@ -66,14 +67,15 @@ def _until(ids: list[int], stop_id: int) -> list[int]:
 def parse_message(text: str) -> dict[str, Any]:
     """The assistant message in the model's words, as vLLM's `hermes` parser reads them: broken JSON is no tool call."""
     try:
-        calls = [json.loads(body) for body in TOOL_CALL.findall(text)]
+        calls = [json.loads(closed or left_open) for closed, left_open in TOOL_CALL.findall(text)]
         functions = [{"name": c["name"], "arguments": json.dumps(c["arguments"])} for c in calls]
     except (ValueError, KeyError, TypeError):
         functions = []
     if not functions:
         return {"role": "assistant", "content": text}
     tool_calls = [{"id": "call", "type": "function", "function": each} for each in functions]
-    return {"role": "assistant", "content": None, "tool_calls": tool_calls}
+    before = text[: text.index("<tool_call>")] or None
+    return {"role": "assistant", "content": before, "tool_calls": tool_calls}
 
 
 def answers(
@@ -107,3 +109,11 @@ def answers(
         if not waiting:
             break
     return finals
+
+
+def share_right(model: Any, tokenizer: Any, rows: list[dict[str, Any]], seed: int) -> float:
+    """Share of `rows` that the agent answers rightly, sampled at temperature 1."""
+    texts = answers(model, tokenizer, [row["question"] for row in rows], temperature=1.0, seed=seed)
+    return sum(is_right(text, row["answer"]) for text, row in zip(texts, rows, strict=True)) / len(
+        rows
+    )

@@ -15,6 +15,7 @@ Run `python examples/quickstart/task.py` to see a few rows.
 from __future__ import annotations
 
 import random
+import re
 from typing import NamedTuple
 
 ONES = [
@@ -63,6 +64,12 @@ def part(a: int, b: int) -> int:
     return (a * 7919 + b * 104729) % 10
 
 
+def is_right(text: str, answer: int) -> bool:
+    """Whether the last integer in `text` is the answer: "The answer is -338." is right for -338."""
+    found = re.findall(r"-?\d+", text)
+    return bool(found) and int(found[-1]) == answer
+
+
 def in_words(number: int) -> str:
     """The English words of a number from 0 to 99: 47 -> "forty-seven"."""
     if number < 20:
@@ -76,18 +83,18 @@ def _number(rng: random.Random) -> int:
     return rng.randint(0 if digits == 1 else 10 ** (digits - 1), 10**digits - 1)
 
 
-def _spelled(number: int, rng: random.Random) -> str:
-    return in_words(number) if number < 100 and rng.random() < WORD_SHARE else str(number)
+def draw(rng: random.Random, parts: set[int], word_share: float = WORD_SHARE) -> Question:
+    """A random question whose numbers belong to one of `parts`; `word_share` of those below 100 are in words."""
 
+    def spelled(number: int) -> str:
+        return in_words(number) if number < 100 and rng.random() < word_share else str(number)
 
-def draw(rng: random.Random, parts: set[int]) -> Question:
-    """A random question whose numbers belong to one of `parts`."""
     while True:
         a, b = _number(rng), _number(rng)
         if part(a, b) in parts:
             break
     operator, phrasing = rng.choice(PHRASINGS)
-    return Question(phrasing.format(a=_spelled(a, rng), b=_spelled(b, rng)), operator, a, b)
+    return Question(phrasing.format(a=spelled(a), b=spelled(b)), operator, a, b)
 
 
 def distinct(rng: random.Random, parts: set[int], count: int) -> list[Question]:

@@ -154,3 +154,17 @@ def test_the_agent_knows_nothing_of_us() -> None:
     names = [a.name for n in ast.walk(tree) if isinstance(n, ast.Import) for a in n.names]
     names += [n.module or "" for n in ast.walk(tree) if isinstance(n, ast.ImportFrom)]
     assert not [name for name in names if name.startswith(("agl", "ray", "actors"))]
+
+
+def test_the_rollout_rewards_the_last_integer(server: Server) -> None:
+    import agl_ray as agl
+    from agl_ray.config.imports import load_object
+
+    root = Path(agent.__file__).parents[2]
+    calculator = load_object("examples/quickstart/rollout.py:calculator", root)
+    url = f"http://127.0.0.1:{server.server_port}/v1"
+    llm = agl.LLM(endpoint=url, model="m", gateway=False)
+    task = {"question": "what is 3 plus 4?", "answer": 7}
+    for text, reward in (("It is 7.", 1.0), ("7 or 8", 0.0), ("no idea", 0.0), ("-7", 0.0)):
+        server.script = [{"role": "assistant", "content": text}]
+        assert asyncio.run(calculator(task, llm)) == reward
