@@ -191,20 +191,18 @@ class FakeStore:
         self.lookups = 0
         self.refuse: Exception | None = None
 
-    async def get_rollout_by_id(self, rollout_id: str) -> Rollout | None:
+    async def get_rollout_in_full(
+        self, rollout_id: str
+    ) -> tuple[Rollout, Attempt | None, ResourcesUpdate | None] | None:
         self.lookups += 1
-        return self.rollout if rollout_id == self.rollout.rollout_id else None
+        if rollout_id != self.rollout.rollout_id:
+            return None
+        return self.rollout, self.attempt, self.resources
 
     async def get_latest_attempt(self, rollout_id: str) -> Attempt | None:
         if rollout_id != self.rollout.rollout_id:
             raise NotFound(f"rollout {rollout_id} is unknown")
         return self.attempt
-
-    async def get_resources_by_id(self, resources_id: str) -> ResourcesUpdate | None:
-        return self.resources
-
-    async def get_latest_resources(self) -> ResourcesUpdate | None:
-        return self.resources
 
     async def update_attempt(
         self, rollout_id: str, attempt_id: str, *, metadata: dict[str, Any]

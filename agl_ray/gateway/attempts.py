@@ -36,13 +36,11 @@ CHECK_SECONDS = 2.0  # an attempt that has ended may make calls for so long
 class StoreClient(Protocol):
     """The few methods of LightningStore that the gateway needs."""
 
-    async def get_rollout_by_id(self, rollout_id: str) -> Rollout | None: ...
+    async def get_rollout_in_full(
+        self, rollout_id: str
+    ) -> tuple[Rollout, Attempt | None, ResourcesUpdate | None] | None: ...
 
     async def get_latest_attempt(self, rollout_id: str) -> Attempt | None: ...
-
-    async def get_resources_by_id(self, resources_id: str) -> ResourcesUpdate | None: ...
-
-    async def get_latest_resources(self) -> ResourcesUpdate | None: ...
 
     async def add_spans(
         self, rollout_id: str, attempt_id: str, batch: Any, batch_id: str | None = None
@@ -153,23 +151,16 @@ class Attempts:
                 del self._live[key]
 
     async def _resolve(self, path: CallPath) -> Live:
-        try:
-            rollout, attempt = await asyncio.gather(
-                self._ask(
-                    self._store.get_rollout_by_id(path.rollout_id), f"rollout {path.rollout_id}"
-                ),
-                self._ask(self._store.get_latest_attempt(path.rollout_id), f"{path}"),
-            )
-        except NotFound:
-            rollout = attempt = None
-        if rollout is None:
+        found = await self._ask(self._store.get_rollout_in_full(path.rollout_id), f"{path}")
+        if found is None:
             raise Refusal(
                 404,
                 f"rollout {path.rollout_id} is not known to the store",
                 code="rollout_not_found",
             )
+        rollout, attempt, resources = found
         _check_live(path, attempt)
-        llm = self._llm(rollout, await self._resources(rollout))
+        llm = self._llm(rollout, resources)
         live = Live(rollout=rollout, llm=llm, counts=counters([]), checked=self._now())
         live.unanswered = attempt is not None and UNANSWERED_CALL in attempt.metadata
         if attempt is not None and attempt.num_spans:
@@ -180,24 +171,13 @@ class Attempts:
             live.sessions = {role: rebuild(rows, role) for role in {row["role"] for row in rows}}
         return live
 
-    async def _resources(self, rollout: Rollout) -> ResourcesUpdate:
-        if rollout.resources_id is None:
-            found = await self._ask(self._store.get_latest_resources(), "the latest resources")
-        else:
-            found = await self._ask(
-                self._store.get_resources_by_id(rollout.resources_id),
-                f"resources {rollout.resources_id}",
-            )
-        if found is None:
+    @staticmethod
+    def _llm(rollout: Rollout, update: ResourcesUpdate | None) -> LLM:
+        """The LLM resource that the rollout's metadata names (`resource`), or the only one."""
+        if update is None:
             raise Refusal(
                 404, f"rollout {rollout.rollout_id} has no resources", code="resource_not_found"
             )
-        update: ResourcesUpdate = found
-        return update
-
-    @staticmethod
-    def _llm(rollout: Rollout, update: ResourcesUpdate) -> LLM:
-        """The LLM resource that the rollout's metadata names (`resource`), or the only one."""
         llms = {name: item for name, item in update.resources.items() if isinstance(item, LLM)}
         name = rollout.metadata.get("resource")
         if name is None and len(llms) == 1:

@@ -168,6 +168,12 @@ class LightningStore(StoreCaller):
     async def get_rollout_by_id(self, rollout_id: str) -> Rollout | None:
         return await self._call("get_rollout", rollout_id)
 
+    async def get_rollout_in_full(
+        self, rollout_id: str
+    ) -> tuple[Rollout, Attempt | None, ResourcesUpdate | None] | None:
+        """The rollout, its latest attempt and the resources it uses, in one call; None where the rollout is unknown."""
+        return await self._call("get_rollout_in_full", rollout_id)
+
     async def query_rollouts(
         self,
         *,

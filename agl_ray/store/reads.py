@@ -37,6 +37,19 @@ class Reads(CoreBase):
         self._check()
         return await self._committed(self.machine.state.rollouts.get(rollout_id))
 
+    async def get_rollout_in_full(
+        self, rollout_id: str
+    ) -> tuple[Rollout, Attempt | None, ResourcesUpdate | None] | None:
+        """The rollout, its latest attempt and its resources (the latest ones where it names none), of one moment."""
+        self._check()
+        state = self.machine.state
+        rollout = state.rollouts.get(rollout_id)
+        if rollout is None:
+            return await self._committed(None)
+        named = rollout.resources_id
+        resources = state.latest_resources() if named is None else state.resources.get(named)
+        return await self._committed((rollout, state.latest(rollout_id), resources))
+
     async def query_rollouts(
         self,
         status_in: Sequence[RolloutStatus] | None,
