@@ -7,11 +7,13 @@ one for a minute or more before it says so.
 from __future__ import annotations
 
 import contextlib
+import io
 import logging
 import os
 import socket
+import sys
 from collections.abc import Iterator
-from typing import Any
+from typing import Any, TextIO
 
 import psutil
 import ray
@@ -58,17 +60,18 @@ def joined(config: RunConfig, namespace: str, env: dict[str, str]) -> Iterator[N
         check_reachable(address)
     os.environ.update(env)
     ours: dict[int, psutil.Process] = {}
-    try:
-        _init(config, address, namespace, env)
-        _quiet()
-        if address is None:
-            ours = _children()
-        yield
-    finally:
-        if address is None:
-            ours |= _children()
-        ray.shutdown()
-        _end(ours)
+    with contextlib.redirect_stderr(_RayLines(sys.stderr)):
+        try:
+            _init(config, address, namespace, env)
+            _quiet()
+            if address is None:
+                ours = _children()
+            yield
+        finally:
+            if address is None:
+                ours |= _children()
+            ray.shutdown()
+            _end(ours)
 
 
 def _init(config: RunConfig, address: str | None, namespace: str, env: dict[str, str]) -> None:
@@ -87,6 +90,33 @@ def _init(config: RunConfig, address: str | None, namespace: str, env: dict[str,
         include_dashboard=False,
         **common,
     )
+
+
+class _RayLines(io.TextIOBase):
+    """stderr without Ray's own lines about dying workers, which go to our log: the run says itself what died and what was done
+    about it. (Ray prints them past its own dispatcher, so that nothing but the stream can stop them.)"""
+
+    def __init__(self, stream: TextIO) -> None:
+        self.stream, self._swallowed = stream, False
+
+    def write(self, text: str) -> int:
+        if "(raylet)" in text:
+            log.info("ray: %s", text.strip())
+            self._swallowed = not text.endswith("\n")
+        elif self._swallowed and text == "\n":
+            self._swallowed = False
+        else:
+            self.stream.write(text)
+        return len(text)
+
+    def flush(self) -> None:
+        self.stream.flush()
+
+    def isatty(self) -> bool:
+        return self.stream.isatty()
+
+    def fileno(self) -> int:
+        return self.stream.fileno()
 
 
 def _quiet() -> None:

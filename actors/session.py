@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import asyncio
 import contextlib
+import logging
 import shutil
 import time
 from pathlib import Path
@@ -43,8 +44,10 @@ from agl_ray.ops.events import Done, Progress
 from agl_ray.ops.ledger import Ledger, RowResult
 from agl_ray.ops.summary import write_summary
 from agl_ray.store import LightningStore
-from agl_ray.types import RunError, WaitTimeout
-from agl_ray.waits import get
+from agl_ray.types import AglError, RunError, WaitTimeout
+from agl_ray.waits import get, wait
+
+log = logging.getLogger(__name__)
 
 APPLICATION = "agl_ray"
 STOP = 3.0  # seconds the controller gets to end runners and learner
@@ -105,7 +108,17 @@ class RunSession:
             lease_seconds=self.config.runners.lease_seconds,
             cache_mib=self.config.store.cache_mib,
         )
+        self._stack.callback(self._close_store, self._store)
         self._sync = create_weight_sync(self.config, self.namespace)
+
+    @staticmethod
+    def _close_store(store: LightningStore) -> None:
+        """Close the journal's files; what is in them is safe in any case."""
+        closing = wait(store.shutdown(), on="the store to close its journal", seconds=STOP)
+        try:
+            asyncio.run(closing)
+        except (AglError, ray.exceptions.RayError) as error:
+            log.warning("the store was not closed: %s", error)
 
     def make_model(self, recipe: str, base: Path, folder: Path) -> None:
         """Make the base model in a process of its own; `folder` appears only when it is whole."""

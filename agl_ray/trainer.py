@@ -107,10 +107,10 @@ class Trainer:
     def _run(
         self, session: Any, agent: Any, rows: list[Any], held_out: list[Any]
     ) -> dict[str, Any]:
-        with self._phase("setup"):
+        with self._phase("setup", "starting Ray and the store"):
             session.start_services()
         model_path = self.model(session)
-        with self._phase("setup"):
+        with self._phase("setup", "starting learner, engine and gateway"):
             controller = session.start_controller(agent, rows, held_out, self.base, model_path)
             endpoint = session.start_serving(controller, model_path)
         facts = self.follow(session, controller, endpoint)
@@ -166,10 +166,11 @@ class Trainer:
                 return dict(get(run, on="the controller's result", seconds=30))
 
     @contextlib.contextmanager
-    def _phase(self, name: str) -> Iterator[None]:
-        self.display.show(Phase(name=name, state="start"))
+    def _phase(self, name: str, shown: str | None = None) -> Iterator[None]:
+        """Show a phase as `shown`, book its seconds under `name`."""
+        self.display.show(Phase(name=shown or name, state="start"))
         started = time.monotonic()
         yield
         seconds = time.monotonic() - started
         self._seconds[name] = self._seconds.get(name, 0.0) + seconds
-        self.display.show(Phase(name=name, state="end", seconds=seconds))
+        self.display.show(Phase(name=shown or name, state="end", seconds=seconds))

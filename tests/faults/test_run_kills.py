@@ -90,7 +90,7 @@ def test_no_process_is_left(killed: WholeRun) -> None:
     assert killed.left_over() == []
 
 
-@pytest.mark.parametrize("moment", ["set-up", r"step 2/8"])
+@pytest.mark.parametrize("moment", ["starting learner", r"step 2/8"])
 def test_an_interrupted_run_ends_soon_leaves_nothing_and_goes_on(
     model: Path, tmp_path: Path, moment: str
 ) -> None:
@@ -101,7 +101,7 @@ def test_an_interrupted_run_ends_soon_leaves_nothing_and_goes_on(
         assert run.finish(seconds=10) == 1, run.text
         assert run.left_over() == []
         assert "--resume" in run.text
-        if moment == "set-up":
+        if moment == "starting learner":
             return
         run.start(resume=str(run.run_folder))
         assert run.finish() == 0, run.text
