@@ -128,6 +128,14 @@ def make(folder: Path, seed: int, progress: Progress | None = None) -> dict[str,
     return made
 
 
+def make_untrained(folder: Path, seed: int, progress: Progress | None = None) -> dict[str, Any]:
+    """The same model with random weights, in a second: for measurements that need its shape and not its skill."""
+    tokenizer = make_tokenizer()
+    make_model(tokenizer, seed).save_pretrained(folder)
+    tokenizer.save_pretrained(folder)
+    return {"seed": seed}
+
+
 if __name__ == "__main__":
     import argparse
 

@@ -19,12 +19,12 @@ from typing import Any
 import psutil
 
 REPO = Path(__file__).resolve().parents[2]
-CHATTER = REPO / "tests" / "faults" / "chatter.py"
+CHATTER = "agl_ray.bench.chatter"
 
 CONFIG = f"""
 name: fault
 agent: {CHATTER}:chatter
-data: {{train: "{CHATTER}:rows", val: "{CHATTER}:rows", fields: [question, turns]}}
+data: {{train: "{CHATTER}:rows", val: "{CHATTER}:rows", fields: [question]}}
 rollout: {{groups_per_step: 4, group_size: 4, max_tokens: 12, timeout_seconds: 120, max_attempts: 3}}
 validation: {{rows: 8}}
 runners: {{num_runners: 2, concurrency: 8, lease_seconds: 20}}
