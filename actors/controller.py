@@ -13,7 +13,7 @@
 
 The journal of a step is written before it is trained (`step/<k>`: which attempts, which rewards), so whatever dies, the weights of version
 k can be made again from the last checkpoint and the stored attempts: a dead learner rank, a dead controller and `--resume` all take
-that one road (`_restore_learners`).
+that one road (`actors.learner_keeper`).
 """
 
 from __future__ import annotations
@@ -27,10 +27,10 @@ from typing import Any
 import ray
 from ray.actor import ActorHandle
 
-from actors.learner_group import LearnerGroup, LearnerLost
+from actors.learner_group import LearnerGroup
+from actors.learner_keeper import LearnerKeeper, step_key
 from actors.rollout_groups import GroupRollouts
 from actors.runner_pool import RunnerPool
-from actors.weight_sync import SenderLost
 from agl_ray.agents import LitAgent
 from agl_ray.config import RunConfig
 from agl_ray.ops.events import Event, Notice, Phase, Progress, StepDone, Validation
@@ -44,7 +44,6 @@ from agl_ray.trajectory.batch import GroupPlan, TrainBatch
 from agl_ray.types import LLM, RunError, from_json, to_json
 from agl_ray.waits import wait
 
-LEARNER_RESTARTS = 5  # in one run; more is a fault that restarting does not mend
 MODEL_NAME = "main"
 POSITION = "run/position"
 
@@ -74,8 +73,14 @@ class Controller:
         self.held_out: list[Any] = []
         self.store = LightningStore.connect("store", namespace=namespace)
         self.sync: ActorHandle = ray.get_actor("weight_sync", namespace=namespace)
-        self.learners = LearnerGroup(self.config, model_path, namespace, self.folder)
         self.ledger = Ledger()
+        self.learners = LearnerKeeper(
+            LearnerGroup(self.config, model_path, namespace, self.folder),
+            self.store,
+            self.sync,
+            lambda: self.ledger,
+            self._notice,
+        )
         self.metrics = MetricsWriter(self.folder)
         self._events: list[Event] = []
         self._told = asyncio.Condition()
@@ -108,6 +113,9 @@ class Controller:
             self._events.append(event)
             self._told.notify_all()
 
+    async def _notice(self, text: str) -> None:
+        await self._tell(Notice(text=text))
+
     def _tell_soon(self, event: Event) -> None:
         """`_tell` from a callback."""
         task = asyncio.ensure_future(self._tell(event))
@@ -138,43 +146,14 @@ class Controller:
         if saved is not None:
             self.ledger = from_json(saved, Ledger)
             self.metrics.cut(self.ledger.step)
-        await self._restore_learners(self.ledger.step)
-        await self._publish_again(self.ledger.step, self.config.engine.start_seconds)
+        await self._publish(self.ledger.step, self.config.engine.start_seconds)
         return self.ledger.step
 
-    async def _restore_learners(self, step: int) -> None:
-        """A learner group holding the weights of version `step`: newest checkpoint, then the journalled steps again."""
-        self.learners.kill()
-        await self.learners.start()
-        loaded = await self.learners.load_newest(step)
-        for done in range(loaded, step):
-            body = await self.store.get_state(f"step/{done + 1}")
-            if body is None:
-                raise RunError(
-                    f"step {done + 1} is not in the store's journal: cannot make its weights again"
-                )
-            await self.learners.train(from_json(body, TrainBatch), self.store)
-        await wait(
-            self.sync.set_learner.remote(self.learners.rank0),
-            on="weight sync to take the learner",
-            seconds=30,
-        )
-
-    async def _publish(self, version: int, seconds: float | None = None) -> dict[str, Any]:
-        """Stage `version` and bring it into every engine."""
-        manifest = await self.learners.stage(version)
-        limit = seconds or self.config.weights.timeout_seconds
-        try:
-            result = await wait(
-                self.sync.publish.remote(manifest, limit),
-                on=f"weights of version {version} to reach the engines",
-                seconds=limit + 30,
-            )
-        except SenderLost as error:
-            raise LearnerLost(f"learner rank 0 died while it sent version {version}") from error
+    async def _publish(self, version: int, seconds: float) -> dict[str, Any]:
+        result = await self.learners.publish(version, seconds)
         for text in result.get("notices", []):
-            await self._tell(Notice(text=text))
-        return dict(result)
+            await self._notice(text)
+        return result
 
     # Training -------------------------------------------------------------------------------------
 
@@ -245,7 +224,10 @@ class Controller:
         if self.ledger.after is None:
             self.ledger.after = await self._evaluate(groups, self.ledger.step)
             await self._commit(groups)
-        await self._phase("export", self.learners.export(self.folder / "export"))
+        exported = self.learners.at(
+            self.ledger.step, lambda group: group.export(self.folder / "export")
+        )
+        await self._phase("export", exported)
         return await self._facts()
 
     async def _feed(self, queue: WindowedQueue[GroupPlan], groups: GroupRollouts) -> None:
@@ -276,12 +258,15 @@ class Controller:
         step = self.ledger.step + 1
         started, before = time.monotonic(), dict(self.ledger.seconds)
         batch = await self._phase("rollout", self._next_batch(queue, step, feeder))
-        await self.store.put_state(f"step/{step}", to_json(batch))
-        metrics = await self._phase("update", self._update(batch))
-        result = await self._phase("sync", self._publish_again(step))
+        await self.store.put_state(step_key(step), to_json(batch))
+        update = self.learners.at(step - 1, lambda group: group.train(batch, self.store))
+        metrics = await self._phase("update", update)
+        limit = self.config.weights.timeout_seconds
+        result = await self._phase("sync", self._publish(step, limit))
         self.ledger.take(metrics, step)
         if step % self.config.train.checkpoint_every == 0 or step == self.config.train.steps:
-            await self._phase("checkpoint", self.learners.save(step))
+            saved = self.learners.at(step, lambda group: group.save(step))
+            await self._phase("checkpoint", saved)
         every = self.config.validation.every
         validation = None
         if every and step % every == 0 and step < self.config.train.steps:
@@ -302,38 +287,6 @@ class Controller:
             raise _first_error(feeder.exception())
         return TrainBatch(step=step, groups=tuple(await batch))
 
-    async def _update(self, batch: TrainBatch) -> dict[str, Any]:
-        """Train on `batch`; when a rank dies, make the group again from the last checkpoint and go on."""
-        while True:
-            try:
-                return await self.learners.train(batch, self.store)
-            except LearnerLost as error:
-                await self._recover(error, batch.step - 1)
-
-    async def _publish_again(self, version: int, seconds: float | None = None) -> dict[str, Any]:
-        """Publish `version`; a learner that dies meanwhile is made again with the weights of `version`."""
-        while True:
-            try:
-                return await self._publish(version, seconds)
-            except LearnerLost as error:
-                await self._recover(error, version)
-
-    async def _recover(self, error: LearnerLost, step: int) -> None:
-        while True:
-            self.ledger.learner_restarts += 1
-            if self.ledger.learner_restarts > LEARNER_RESTARTS:
-                raise RunError(
-                    f"the learner was lost {self.ledger.learner_restarts} times in this run; the last time: {error}"
-                )
-            await self._tell(
-                Notice(text=f"{error}; the learner starts again from its last checkpoint")
-            )
-            try:
-                await self._restore_learners(step)
-                return
-            except LearnerLost as again:
-                error = again
-
     # Books ----------------------------------------------------------------------------------------
 
     async def _evaluate(self, groups: GroupRollouts, step: int) -> Evaluation:
@@ -347,8 +300,8 @@ class Controller:
 
         result: Evaluation = await self._phase("validation", groups.evaluate(rows, step, progress))
         attempts = [(r.rollout_id, r.attempt_id) for r in result.results if r.attempt_id]
-        self.ledger.retokenized_tokens += await self.learners.count_retokenized(
-            self.store, attempts
+        self.ledger.retokenized_tokens += await self.learners.at(
+            step, lambda group: group.count_retokenized(self.store, attempts)
         )
         if not result.scores:
             raise RunError(f"validation at step {step}: no rollout ended ok ({result.failures})")
@@ -403,12 +356,12 @@ class Controller:
         news = await wait(self.sync.take_news.remote(), on="news of weight sync", seconds=60)
         self.ledger.engine_restarts += len(news)
         for text in news:
-            await self._tell(Notice(text=text))
+            await self._notice(text)
         restarts = (await self.store.statistics())["restarts"]
         if self._store_restarts is not None and restarts > self._store_restarts:
             self.ledger.store_restarts += restarts - self._store_restarts
             text = "the store died and was restored from its journal; nothing acknowledged was lost"
-            await self._tell(Notice(text=text))
+            await self._notice(text)
         self._store_restarts = restarts
 
     async def _new_failures(self) -> dict[str, int]:
@@ -432,10 +385,11 @@ class Controller:
 
         For benchmarks, after the run: it changes the learner's weights.
         """
-        body = await self.store.get_state(f"step/{self.ledger.step}")
+        body = await self.store.get_state(step_key(self.ledger.step))
         if body is None:
             raise RunError("measuring the learner: expected a trained step, got none")
-        return await self.learners.measure(from_json(body, TrainBatch), self.store, rounds)
+        batch = from_json(body, TrainBatch)
+        return await self.learners.group.measure(batch, self.store, rounds)
 
     # Ending ---------------------------------------------------------------------------------------
 
@@ -444,7 +398,7 @@ class Controller:
         if self._body is not None and not self._body.done():
             self._body.cancel()
             await asyncio.wait({self._body}, timeout=10)
-        self.learners.kill()
+        self.learners.group.kill()
 
 
 def _first_error(error: BaseException | None) -> BaseException:

@@ -31,6 +31,7 @@ from agl_ray.waits import get
 if TYPE_CHECKING:
     from ray.actor import ActorHandle
 
+    from actors.session import RunSession
     from agl_ray.agents import LitAgent
 
 EVENT_POLL = 1.0  # seconds of one long poll for the controller's events
@@ -72,8 +73,8 @@ class Trainer:
         """
         self._started = time.time()
         agent = self._agent(agent)
-        rows = self._rows("data.train", self.config.data.train) if train is None else train
-        held_out = self._rows("data.val", self.config.data.val) if val is None else val
+        rows = self.rows("data.train", self.config.data.train) if train is None else train
+        held_out = self.rows("data.val", self.config.data.val) if val is None else val
         if self.config.model.path is not None:
             check_model_folder(Path(self.config.model.path))
         folder = Path(resume).resolve() if resume else make_run_folder(self.config, self.base)
@@ -99,13 +100,19 @@ class Trainer:
         as_agent(load_object(self.config.agent, self.base), what=f"agent {self.config.agent!r}")
         return self.config.agent
 
-    def _rows(self, key: str, source: str) -> list[Any]:
+    def rows(self, key: str, source: str | None) -> list[Any]:
+        """The rows that the configuration names under `key`; InputError where it names none."""
+        if source is None:
+            raise InputError(
+                f"no rows: give `{key}` in the configuration (a .jsonl or .parquet file, or file.py:function), "
+                "or pass the rows to Trainer.fit"
+            )
         return load_rows(source, self.config.seed, self.config.data.fields, self.base)
 
     # Running --------------------------------------------------------------------------------------
 
     def _run(
-        self, session: Any, agent: Any, rows: list[Any], held_out: list[Any]
+        self, session: RunSession, agent: Any, rows: list[Any], held_out: list[Any]
     ) -> dict[str, Any]:
         with self._phase("setup", "starting Ray and the store"):
             session.start_services()
@@ -116,7 +123,7 @@ class Trainer:
         facts = self.follow(session, controller, endpoint)
         return session.finish(facts)
 
-    def model(self, session: Any) -> Path:
+    def model(self, session: RunSession) -> Path:
         """The base model's folder, made now when the configuration says how and the cache has it not."""
         if self.config.model.path is not None:
             return Path(self.config.model.path).resolve()
@@ -128,7 +135,7 @@ class Trainer:
         check_model_folder(folder)
         return folder
 
-    def follow(self, session: Any, controller: ActorHandle, endpoint: str) -> dict[str, Any]:
+    def follow(self, session: RunSession, controller: ActorHandle, endpoint: str) -> dict[str, Any]:
         """Show the controller's events until its run is done; when it dies, Ray restarts it and the run goes on."""
         import ray
 

@@ -89,7 +89,9 @@ async def run_agent(
     except EngineError as error:
         return Outcome(reason=EndReason.ENGINE_ERROR, error=_describe(error))
     except Exception as error:  # noqa: BLE001  the agent's code may raise anything
-        return Outcome(reason=EndReason.AGENT_ERROR, error=_describe(error))
+        unanswered = _is_unanswered_call(error, attempt)
+        reason = EndReason.ENGINE_ERROR if unanswered else EndReason.AGENT_ERROR
+        return Outcome(reason=reason, error=_describe(error))
     return _judge(value, recorder)
 
 
@@ -129,6 +131,26 @@ async def _call(
         return await asyncio.to_thread(function, **kwargs)
     except SystemExit as error:  # asyncio would end the whole runner with it
         raise RuntimeError(f"the agent called sys.exit({error.code})") from error
+
+
+def _is_unanswered_call(error: BaseException, attempt: AttemptedRollout) -> bool:
+    """Whether the agent failed because a call to its model got no answer: an HTTP client's exception about this attempt's own URL
+    (httpx, and what OpenAI's and Anthropic's clients make of it) without a status, or with one of 500 and above."""
+    own = f"/rollout/{attempt.rollout_id}/attempt/{attempt.attempt_id}/"
+    link: BaseException | None = error
+    while link is not None:
+        if own in _url(link):
+            status = getattr(link, "status_code", None)
+            return status is None or int(status) >= 500
+        link = link.__cause__ or link.__context__
+    return False
+
+
+def _url(error: BaseException) -> str:
+    try:
+        return str(getattr(getattr(error, "request", None), "url", ""))
+    except RuntimeError:  # httpx raises it where an exception was made without a request
+        return ""
 
 
 def _describe(error: BaseException) -> str:

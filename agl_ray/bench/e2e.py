@@ -19,7 +19,6 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from agl_ray.config.load import load_config
-from agl_ray.config.rows import load_rows
 from agl_ray.ops.display import make_display
 from agl_ray.ops.metrics import read_metrics
 from agl_ray.ops.run_folder import make_run_folder
@@ -93,8 +92,8 @@ def run_e2e(quick: bool = False, config_path: Path = CONFIG) -> dict[str, Any]:
 
 def _measure(session: RunSession, config: RunConfig, base: Path) -> dict[str, Any]:
     trainer = Trainer(config, config_folder=base, display=session.display)
-    rows = load_rows(config.data.train, config.seed, config.data.fields, base)
-    held_out = load_rows(config.data.val, config.seed, config.data.fields, base)
+    rows = trainer.rows("data.train", config.data.train)
+    held_out = trainer.rows("data.val", config.data.val)
     session.start_services()
     model = trainer.model(session)
     controller = session.start_controller(config.agent, rows, held_out, base, model)

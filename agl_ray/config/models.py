@@ -47,9 +47,9 @@ class ModelConfig(Section):
 
 
 class DataConfig(Section):
-    train: str
-    """A .jsonl or .parquet file, or `file.py:function` called with `seed=` and returning a list of rows (dictionaries)."""
-    val: str
+    train: str | None = None
+    """A .jsonl or .parquet file, or `file.py:function` called with `seed=` and returning a list of rows (dictionaries). None only where rows are passed to `Trainer.fit`."""
+    val: str | None = None
     """As `train`: the held-out rows used for validation."""
     fields: list[str] = []
     """Names that every row must have; checked before anything starts."""
@@ -227,7 +227,7 @@ class RunConfig(Section):
     agent: str | None = None
     """`file.py:function` or `module:function` of an `@agl.rollout` function or LitAgent; None only from Python (`Trainer.fit(agent)`)."""
     model: ModelConfig
-    data: DataConfig
+    data: DataConfig = DataConfig()
     rollout: RolloutSection = RolloutSection()
     validation: ValidationConfig = ValidationConfig()
     runners: RunnersConfig = RunnersConfig()

@@ -28,7 +28,7 @@ def model(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 @pytest.fixture(scope="module")
 def killed(model: Path, tmp_path_factory: pytest.TempPathFactory) -> Iterator[WholeRun]:
-    """A finished run in which a runner, the store, a learner rank and the engine replica were killed, one after the other."""
+    """A finished run in which every kind of process but the controller was killed, one after the other."""
     run = WholeRun(tmp_path_factory.mktemp("killed"), model).start()
     try:
         run.until(r"step 1/8")
@@ -39,6 +39,10 @@ def killed(model: Path, tmp_path_factory: pytest.TempPathFactory) -> Iterator[Wh
         run.kill("ray::LearnerRank")
         run.until(r"step 5/8")
         run.kill("ServeReplica:agl_ray:Engine")
+        run.until(r"step 6/8")
+        run.kill("ServeReplica:agl_ray:Gateway")
+        run.until(r"step 7/8")
+        run.kill("ray::WeightSync")
         assert run.finish() == 0, run.text
         yield run
     finally:
@@ -84,6 +88,20 @@ def check_spans(expected: int, reward: float, spans: list[dict[str, Any]]) -> No
     assert len({span["span_id"] for span in spans}) == expected  # none twice
     assert [span["reward"] for span in spans if span["kind"] == "reward"] == [reward]
     assert any(span["kind"] == "call" for span in spans)
+
+
+def test_a_killed_controller_goes_on_from_the_stores_position(model: Path, tmp_path: Path) -> None:
+    run = WholeRun(tmp_path, model, ["train.steps=5"]).start()
+    try:
+        run.until(r"step 2/5")
+        run.kill("ray::Controller")
+        assert run.finish() == 0, run.text
+        assert "the controller died" in run.text
+        assert run.summary["updates"] == 5
+        assert run.text.count("validation before training") == 1
+        assert run.left_over() == []
+    finally:
+        run.close()
 
 
 def test_no_process_is_left(killed: WholeRun) -> None:

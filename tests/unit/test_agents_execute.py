@@ -6,6 +6,7 @@ import asyncio
 import time
 from typing import Any
 
+import httpx
 import pytest
 
 import agl_ray as agl
@@ -81,6 +82,34 @@ def test_environment_failure_has_its_own_reason() -> None:
         raise agl.EnvironmentFailure("the sandbox is gone")
 
     assert run(agent).reason is EndReason.ENV_ERROR
+
+
+@pytest.mark.parametrize(
+    ("url", "status", "reason"),
+    [
+        ("http://h/rollout/ro-1/attempt/at-1/v1/chat/completions", None, EndReason.ENGINE_ERROR),
+        ("http://h/rollout/ro-1/attempt/at-1/v1/chat/completions", 503, EndReason.ENGINE_ERROR),
+        ("http://h/rollout/ro-1/attempt/at-1/v1/chat/completions", 400, EndReason.AGENT_ERROR),
+        ("http://shop.example/api", None, EndReason.AGENT_ERROR),
+    ],
+)
+def test_a_call_without_an_answer_is_the_engines_fault(
+    url: str, status: int | None, reason: EndReason
+) -> None:
+
+    class ApiError(Exception):
+        """As OpenAI's client raises it: with the request, and a status where there was an answer."""
+
+        request = httpx.Request("POST", url)
+        status_code = status
+
+    async def agent(task: int) -> float:
+        try:
+            raise ApiError("no answer")
+        except ApiError as error:
+            raise RuntimeError("the agent gave up") from error
+
+    assert run(agent).reason is reason
 
 
 def test_a_deadline_stops_a_coroutine() -> None:
