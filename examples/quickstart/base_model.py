@@ -27,11 +27,11 @@ from agl_ray.learner.sft import SFTConfig, SFTStep, train_sft
 
 Progress = Callable[[str, float, str], None]
 
-SKILL = SFTConfig(steps=720, lr=1.5e-3, batch_rows=16, warmup_steps=100, final_lr_share=0.01)
-HABITS = SFTConfig(steps=80, lr=1e-3, batch_rows=32, warmup_steps=20)
+SKILL = SFTConfig(steps=900, lr=1.5e-3, batch_rows=16, warmup_steps=100, final_lr_share=0.01)
+HABITS = SFTConfig(steps=60, lr=7e-4, batch_rows=32, warmup_steps=20)
 SKILL_ROWS, HABIT_ROWS = 4000, 2000
-CHECK_FROM, CHECK_EVERY, CHECK_ROWS = 600, 30, 192
-SKILL_SHARE = 0.97  # of the skill check right, sampled at temperature 1, ends the first stage
+CHECK_FROM, CHECK_EVERY, CHECK_ROWS = 750, 50, 256
+SKILL_SHARE = 0.98  # of the skill check right, sampled at temperature 1, ends the first stage
 
 
 def make_model(tokenizer: Any, seed: int) -> Any:
