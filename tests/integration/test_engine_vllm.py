@@ -245,6 +245,25 @@ def test_a_call_in_flight_is_held_and_carries_both_versions(
         assert torch.allclose(want[len(PROMPT) - 1 :][rows], got[rows], atol=1e-4)
 
 
+def test_seeded_calls_survive_a_rush_and_repeat(served: Served) -> None:
+    """More prompt tokens at once than fit into one step of the engine: none may be cut in two (engine_vllm.py says why)."""
+    prompts = [[40 + (i * 7 + k * k) % 300 for k in range(200)] for i in range(64)]
+
+    async def rush() -> list[list[int]]:
+        calls = [
+            served.handle.generate.remote(
+                served.request(
+                    prompt_ids=prompt, temperature=1.0, max_tokens=8, seed=i, ignore_eos=True
+                )
+            )
+            for i, prompt in enumerate(prompts)
+        ]
+        return [result.response_ids for result in await asyncio.gather(*calls)]
+
+    first, second = asyncio.run(rush()), asyncio.run(rush())
+    assert first == second
+
+
 def test_many_updates_under_load_drop_no_call(served: Served, models: dict[str, Path]) -> None:
     async def load() -> list[GenerateResult]:
         calls = [
