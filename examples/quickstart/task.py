@@ -1,13 +1,11 @@
 """The task of the quickstart: arithmetic questions in words, such as "what is forty-seven plus 385?".
 
 `train` and `val` are what configs/quickstart.yaml names as its data. Questions are split by their numbers a and b alone, with
-`part(a, b)` = (7919 a + 104729 b) mod 10, so that no pair of numbers occurs on both sides whatever the phrasing:
+`part(a, b)`, a hash modulo 10, so that no pair of numbers occurs on both sides whatever the phrasing:
 
     part 0     held out: `val`, the 256 questions of validation, the same for every seed
     part 1     `skill_check`: tells the warm start when to stop (base_model.py); never trained on either
     part 2..9  training questions, for the warm start and for reinforcement learning
-
-(10 divides 7919 - 9 and 104729 - 9, so `part` is 9 (a + b) mod 10: no sum that ends in 0 or 9 is ever trained on.)
 
 Run `python examples/quickstart/task.py` to see a few rows.
 """
@@ -16,6 +14,7 @@ from __future__ import annotations
 
 import random
 import re
+import zlib
 from typing import NamedTuple
 
 ONES = [
@@ -61,7 +60,7 @@ def compute(a: int, operator: str, b: int) -> int:
 
 def part(a: int, b: int) -> int:
     """Which tenth of the questions the numbers (a, b) belong to, 0 to 9."""
-    return (a * 7919 + b * 104729) % 10
+    return zlib.crc32(f"{a},{b}".encode()) % 10
 
 
 def is_right(text: str, answer: int) -> bool:
