@@ -60,7 +60,8 @@ def joined(config: RunConfig, namespace: str, env: dict[str, str]) -> Iterator[N
         check_reachable(address)
     os.environ.update(env)
     ours: dict[int, psutil.Process] = {}
-    with contextlib.redirect_stderr(_RayLines(sys.stderr)):
+    out, err = _RayLines(sys.stdout), _RayLines(sys.stderr)
+    with contextlib.redirect_stdout(out), contextlib.redirect_stderr(err):
         try:
             _init(config, address, namespace, env)
             _quiet()
@@ -93,7 +94,7 @@ def _init(config: RunConfig, address: str | None, namespace: str, env: dict[str,
 
 
 class _RayLines(io.TextIOBase):
-    """stderr without Ray's own lines about dying workers, which go to our log: the run says itself what died and what was done
+    """A standard stream without Ray's own lines about dying workers, which go to our log: the run says itself what died and what was done
     about it. (Ray prints them past its own dispatcher, so that nothing but the stream can stop them.)"""
 
     def __init__(self, stream: TextIO) -> None:

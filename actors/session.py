@@ -127,7 +127,11 @@ class RunSession:
         shutil.rmtree(partial, ignore_errors=True)
         maker = ray.remote(ModelMaker).options(num_cpus=0.5, max_concurrency=2).remote()
         made = maker.make.remote(recipe, str(base), str(partial), self.config.seed)
+        limit = self.config.model.make_seconds
+        deadline = time.monotonic() + limit
         while not ray.wait([made], timeout=0.5)[0]:
+            if time.monotonic() > deadline:
+                raise WaitTimeout(f"{recipe} to make the base model", limit, "model.make_seconds")
             what, share, detail = get(
                 maker.progress.remote(), on=f"{recipe} to tell its progress", seconds=START
             )

@@ -36,6 +36,8 @@ class ModelConfig(Section):
     make: str | None = None
     """`file.py:function` or `module:function`, called as `function(folder: Path, seed: int, progress)` to make the model folder
     when `path` is None; its result is cached by seed and by the content of the file."""
+    make_seconds: PositiveFloat = 3600.0
+    """Deadline for `make`."""
 
     @model_validator(mode="after")
     def _one_source(self) -> ModelConfig:
