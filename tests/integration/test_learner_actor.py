@@ -24,6 +24,8 @@ from agl_ray.store import LightningStore
 from agl_ray.trajectory.batch import GroupPlan, Member, TrainBatch
 from agl_ray.types import EndReason, InputError, RunError
 
+pytestmark = pytest.mark.slow
+
 SECONDS = 120.0
 
 

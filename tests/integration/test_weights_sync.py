@@ -16,6 +16,8 @@ from actors.weight_sync import SenderLost, create_weight_sync
 from agl_ray.config.models import RunConfig
 from tests.integration.weight_peers import PlainEngine, Sender
 
+pytestmark = pytest.mark.slow
+
 _names = itertools.count()
 
 
