@@ -41,7 +41,7 @@ from agl_ray.ops.summary import confidence_interval
 from agl_ray.schedule import WindowedQueue
 from agl_ray.store import LightningStore
 from agl_ray.trajectory.batch import GroupPlan, TrainBatch
-from agl_ray.types import LLM, RunError, from_json, to_json
+from agl_ray.types import LLM, RolloutStatus, RunError, from_json, to_json
 from agl_ray.waits import wait
 
 MODEL_NAME = "main"
@@ -172,6 +172,10 @@ class Controller:
         return await self._body
 
     async def _run(self, endpoint: str) -> dict[str, Any]:
+        # Of an earlier sitting: nobody waits for them, and their endpoint is gone.
+        unfinished = [status for status in RolloutStatus if not status.final]
+        stale = await self.store.query_rollouts(status_in=unfinished)
+        await self.store.cancel_rollouts([rollout.rollout_id for rollout in stale])
         resources = await self.store.add_resources(
             {"main_llm": LLM(endpoint=endpoint, model=MODEL_NAME)}
         )
@@ -221,7 +225,8 @@ class Controller:
         finally:
             feeder.cancel()
             await asyncio.gather(feeder, return_exceptions=True)
-        if self.ledger.after is None:
+        # A finished run that is resumed for more steps has an `after` of older weights.
+        if self.ledger.after is None or self.ledger.after.step != self.ledger.step:
             self.ledger.after = await self._evaluate(groups, self.ledger.step)
             await self._commit(groups)
         exported = self.learners.at(

@@ -106,7 +106,7 @@ class GroupRollouts:
                 raise WaitTimeout(
                     f"{len(ids)} rollouts to end (first {ids[0]})",
                     limit,
-                    "no runner ended any of them: are runners alive and free? see `agl-ray doctor`",
+                    "no runner ended any of them: are runners alive and free? see log.jsonl in the run folder",
                 )
         attempts = await self.store.get_attempts(ids)
         by_id = {attempt.rollout_id: attempt for attempt in attempts}

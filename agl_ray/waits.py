@@ -2,7 +2,7 @@
 
 `wait(awaitable, on="the store's answer to dequeue", seconds=30)` is the only way the house waits across processes. On expiry it
 raises `WaitTimeout`, which names the culprit. `current()` lists what this process is waiting for now, oldest first:
-`agl-ray doctor` and error reports print it.
+for error reports and debugging.
 """
 
 from __future__ import annotations
