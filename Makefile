@@ -11,6 +11,8 @@ BIN := $(VENV)/bin
 LOCK := cluster/locks/$(SET).lock
 LOCKED := $(VENV)/.ready-$(SET)
 READY := $(VENV)/.project-$(SET)
+TEST_LOCK := cluster/locks/test.lock
+TESTED := $(VENV)/.ready-test
 # A test that hangs is a failed test; the longest whole run stays far below this.
 PYTEST := $(BIN)/python -m pytest --timeout 900
 SOURCES := agl_ray actors tests examples cluster
@@ -39,13 +41,18 @@ $(READY): $(LOCKED) pyproject.toml
 	@$(BIN)/python -m pip install -q --no-deps --no-build-isolation --disable-pip-version-check -e .
 	@touch $@
 
+# What only tests need, on top.
+$(TESTED): $(READY) $(TEST_LOCK)
+	@$(PYTHON) cluster/locks/install.py --lock $(TEST_LOCK) --venv $(VENV) --add
+	@touch $@
+
 demo: $(READY) ## train the calculator agent of the quickstart (SEED=0)
 	@$(BIN)/agl-ray train $(CONFIG) seed=$(SEED)
 
-test: $(READY) ## all tests: unit, property, integration, faults
+test: $(TESTED) ## all tests: unit, property, integration, faults
 	$(PYTEST) tests
 
-test-fast: $(READY) ## the tests that need no minutes: unit, property, light integration
+test-fast: $(TESTED) ## the tests that need no minutes: unit, property, light integration
 	$(PYTEST) tests/unit tests/property tests/integration -m "not slow"
 
 lint: typecheck ## ruff, types, floors

@@ -36,11 +36,11 @@ def main() -> int:
     pins = [line for line in lines if line and not line.startswith("#")]
     started = time.monotonic()
     print(f"setting up {options.venv} from {options.lock} ({len(pins)} packages)", flush=True)
-    if not _make_venv(options.venv):
+    if not options.add and not _make_venv(options.venv):
         return 2
     if not _install(options.venv, pins):
         return 2
-    problem = _wrong_torch(options.venv, pins)
+    problem = None if options.add else _wrong_torch(options.venv, pins)
     if problem:
         return _fail(problem)
     print(f"{options.venv} is ready after {time.monotonic() - started:.0f} s", flush=True)
@@ -51,6 +51,7 @@ def _options() -> argparse.Namespace:
     parser = argparse.ArgumentParser(description="Set up a virtual environment from a lock.")
     parser.add_argument("--lock", type=Path, required=True)
     parser.add_argument("--venv", type=Path, required=True)
+    parser.add_argument("--add", action="store_true", help="into the venv as it is, not a fresh one")
     return parser.parse_args()
 
 

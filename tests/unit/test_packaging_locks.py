@@ -41,6 +41,14 @@ def test_a_lock_fits_the_ranges_of_the_project(name: str) -> None:
             assert requirement.specifier.contains(locked[wanted], prereleases=True), requirement
 
 
+def test_the_lock_of_the_tests_adds_to_the_cpu_lock_and_fits_its_extra() -> None:
+    locked = pins("test")
+    assert not set(locked) & set(pins("cpu"))
+    for requirement in requirements("test")[len(PROJECT["dependencies"]) :]:
+        version = locked[canonicalize_name(requirement.name)]
+        assert requirement.specifier.contains(version, prereleases=True), requirement
+
+
 def test_the_cpu_lock_takes_no_cuda() -> None:
     assert not [name for name in pins("cpu") if name.startswith(("nvidia", "triton", "flashinfer"))]
 
