@@ -27,6 +27,7 @@ from typing import Any
 import ray
 from ray.actor import ActorHandle
 
+from actors.gateway import GATEWAYS
 from actors.learner_group import LearnerGroup
 from actors.learner_keeper import LearnerKeeper, step_key
 from actors.rollout_groups import GroupRollouts
@@ -85,9 +86,9 @@ class Controller:
         self._events: list[Event] = []
         self._told = asyncio.Condition()
         self._body: asyncio.Task[dict[str, Any]] | None = None
-        self._pool: RunnerPool | None = None
         self._failures: dict[str, int] = {}
         self._store_restarts: int | None = None
+        self._gateways: set[str] = set()
         self._counted_until = time.time()
 
     async def ping(self) -> str:
@@ -108,13 +109,13 @@ class Controller:
 
     async def _tell(self, event: Event) -> None:
         if isinstance(event, Notice):
-            self.ledger.notices.append(event.text)
+            self.ledger.note(event.text, event.restarted)
         async with self._told:
             self._events.append(event)
             self._told.notify_all()
 
-    async def _notice(self, text: str) -> None:
-        await self._tell(Notice(text=text))
+    async def _notice(self, text: str, restarted: str | None = None) -> None:
+        await self._tell(Notice(text=text, restarted=restarted))
 
     def _tell_soon(self, event: Event) -> None:
         """`_tell` from a callback."""
@@ -146,6 +147,9 @@ class Controller:
         if saved is not None:
             self.ledger = from_json(saved, Ledger)
             self.metrics.cut(self.ledger.step)
+        if ray.get_runtime_context().was_current_actor_reconstructed:
+            # The driver has told the person; it has no hand in the books.
+            self.ledger.note("the controller died and went on from its position", "controller")
         await self._publish(self.ledger.step, self.config.engine.start_seconds)
         return self.ledger.step
 
@@ -166,6 +170,7 @@ class Controller:
         self._counted_until = started
         # The engines of the start may have come after the first publish: they replace nobody.
         await wait(self.sync.take_news.remote(), on="news of weight sync", seconds=60)
+        self._gateways = set(await self.store.list_state(GATEWAYS))
         for phase, spent in seconds.items():
             self.ledger.book(phase, spent)
         self._body = asyncio.ensure_future(self._run(endpoint))
@@ -192,9 +197,8 @@ class Controller:
             self.agent,
             base=self.base,
             namespace=self.namespace,
-            notice=lambda text: self._tell_soon(Notice(text=text)),
+            notice=lambda text: self._tell_soon(Notice(text=text, restarted="runner")),
         )
-        self._pool = pool
         supervision = asyncio.ensure_future(pool.supervise())
         training = asyncio.ensure_future(self._train(groups))
         try:
@@ -321,9 +325,6 @@ class Controller:
         self._counted_until = now
         await self._hear()
         self.ledger.next_row = groups.position
-        if self._pool is not None:
-            self.ledger.runner_restarts += self._pool.replaced
-            self._pool.replaced = 0
         self.ledger.dropped_groups += groups.dropped_groups
         groups.dropped_groups = 0
         await self.store.put_state(POSITION, to_json(self.ledger))
@@ -357,16 +358,20 @@ class Controller:
         await self._tell(StepDone(step=batch.step, steps=self.config.train.steps, metrics=row))
 
     async def _hear(self) -> None:
-        """Pass on which engines and how often the store were started again."""
-        news = await wait(self.sync.take_news.remote(), on="news of weight sync", seconds=60)
-        self.ledger.engine_restarts += len(news)
-        for text in news:
-            await self._notice(text)
+        """Pass on what was started again without the controller's doing: engines, weight sync, gateways, the store."""
+        for notice in await wait(
+            self.sync.take_news.remote(), on="news of weight sync", seconds=60
+        ):
+            await self._tell(notice)
+        gateways = set(await self.store.list_state(GATEWAYS))
+        for name in sorted(gateways - self._gateways):
+            text = f"gateway {name.removeprefix(GATEWAYS)} was started in place of a lost one; it rebuilds conversations from the store"
+            await self._notice(text, "gateway")
+        self._gateways = gateways
         restarts = (await self.store.statistics())["restarts"]
-        if self._store_restarts is not None and restarts > self._store_restarts:
-            self.ledger.store_restarts += restarts - self._store_restarts
+        for _ in range(self._store_restarts or restarts, restarts):
             text = "the store died and was restored from its journal; nothing acknowledged was lost"
-            await self._notice(text)
+            await self._notice(text, "store")
         self._store_restarts = restarts
 
     async def _new_failures(self) -> dict[str, int]:

@@ -15,6 +15,7 @@ from __future__ import annotations
 import asyncio
 import atexit
 import contextlib
+import functools
 import http.client
 import math
 import os
@@ -36,6 +37,7 @@ from agl_ray.store.client import LightningStore
 from agl_ray.types import EngineError, InputError, WaitTimeout
 
 DRAIN_SECONDS = 0.2  # a stopping replica takes new calls for so long; calls in flight get 5 s more (Serve's own margin)
+GATEWAYS = "gateway/"  # every gateway process that starts leaves a key under it in the store
 REPLICA_PORTS = 200  # width of the port range in which gateway replicas listen
 
 
@@ -91,7 +93,7 @@ def _engine_errors() -> Iterator[None]:
 
 
 class Gateway:
-    """One gateway process. Made by Serve; ready when tokenizer and tool parser are loaded and the store is connected."""
+    """One gateway process. Made by Serve; ready when tokenizer and tool parser are loaded and the store knows of it."""
 
     def __init__(self, config: RunConfig, model_path: str, namespace: str, engine: Any) -> None:
         renderer = Renderer(model_path, config.engine.tool_parser)
@@ -100,10 +102,19 @@ class Gateway:
             call_timeout_seconds=config.gateway.call_timeout_seconds,
         )
         store = LightningStore.connect(namespace=namespace)
-        self._app = GatewayApp(Door(store, HandleEngine(engine), renderer, settings), renderer)
+        door = Door(store, HandleEngine(engine), renderer, settings)
+        self._app = GatewayApp(door, renderer, functools.partial(_sign_in, store))
 
     def __serve_build_asgi_app__(self) -> GatewayApp:
         return self._app
+
+
+async def _sign_in(store: LightningStore) -> None:
+    """Leave a key in the store, so that the controller hears of a gateway started in place of a lost one."""
+    from ray import serve
+
+    name = serve.get_replica_context().replica_id.unique_id
+    await store.put_state(f"{GATEWAYS}{name}:{os.getpid()}", b"")
 
 
 def gateway_deployment(

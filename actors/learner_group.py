@@ -159,7 +159,7 @@ class LearnerGroup:
         try:
             return list(await wait(asyncio.gather(*refs), on=on, seconds=seconds))
         except (ray.exceptions.RayActorError, PeerLost) as error:
-            raise LearnerLost(f"a learner rank died during: {on}") from error
+            raise LearnerLost(f"a learner rank died (awaited: {on})") from error
 
     def kill(self) -> None:
         """End every rank at once and free their place."""

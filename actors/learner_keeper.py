@@ -33,7 +33,7 @@ def step_key(step: int) -> str:
 class LearnerKeeper:
     """`at(step, work)` runs `work` on ranks that hold the weights of version `step`, however often they die meanwhile.
 
-    ledger: restarts are counted there. notice: called with a sentence for the person.
+    ledger: where restarts are counted. notice: called with a sentence for the person and `learner`.
     """
 
     def __init__(
@@ -42,7 +42,7 @@ class LearnerKeeper:
         store: LightningStore,
         sync: ActorHandle,
         ledger: Callable[[], Ledger],
-        notice: Callable[[str], Awaitable[None]],
+        notice: Callable[[str, str], Awaitable[None]],
     ) -> None:
         self.group, self.store, self.sync = group, store, sync
         self._ledger, self._notice = ledger, notice
@@ -59,13 +59,12 @@ class LearnerKeeper:
 
     async def _lost(self, error: LearnerLost) -> None:
         self.group.kill()
-        ledger = self._ledger()
-        ledger.learner_restarts += 1
-        if ledger.learner_restarts > RESTARTS:
+        before = self._ledger().restarts.get("learner", 0)
+        if before == RESTARTS:
             raise RunError(
-                f"the learner was lost {ledger.learner_restarts} times in this run; the last time: {error}"
+                f"the learner was lost {before + 1} times in this run; the last time: {error}"
             )
-        await self._notice(f"{error}; the learner starts again from its last checkpoint")
+        await self._notice(f"{error}; the learner starts again from its last checkpoint", "learner")
 
     async def _restore(self, step: int) -> None:
         """A new group at `step`: newest checkpoint up to there, then the journalled steps again."""

@@ -41,7 +41,6 @@ class RunnerPool:
     ) -> None:
         self.config, self.store, self.agent = config, store, agent
         self.base, self.namespace, self.notice = base, namespace, notice
-        self.replaced = 0
         self._handles: dict[str, ActorHandle] = {}
         self._empty = asyncio.Event()
         self._stopping = False
@@ -84,7 +83,6 @@ class RunnerPool:
 
     async def _bury(self, worker_id: str, error: Exception) -> None:
         lost = await self.store.worker_lost(worker_id, f"its process died: {_first_line(error)}")
-        self.replaced += 1
         self.notice(
             f"{worker_id} died; {len(lost)} attempts ended as lost and were queued again; a new runner starts"
         )

@@ -41,7 +41,7 @@ from agl_ray.gateway.engine_api import GenerateRequest
 from agl_ray.ops.curves import draw_curves
 from agl_ray.ops.display import Display
 from agl_ray.ops.events import Done, Progress
-from agl_ray.ops.ledger import Ledger, RowResult
+from agl_ray.ops.ledger import PROCESSES, Ledger, RowResult
 from agl_ray.ops.summary import write_summary
 from agl_ray.store import LightningStore
 from agl_ray.types import AglError, RunError, WaitTimeout
@@ -238,12 +238,7 @@ class RunSession:
             examples=asyncio.run(self._examples(ledger)),
             name=self.config.name,
             run_folder=str(self.folder),
-            restarts={
-                "runner": ledger.runner_restarts,
-                "learner": ledger.learner_restarts,
-                "engine": ledger.engine_restarts,
-                "store": ledger.store_restarts,
-            },
+            restarts={kind: ledger.restarts.get(kind, 0) for kind in PROCESSES},
             dropped_groups=ledger.dropped_groups,
         )
         draw_curves(self.folder, summary["validation"])

@@ -23,6 +23,7 @@ from ray.actor import ActorHandle
 
 from actors.weight_courier import Courier, Delivery, Follower, SenderLost
 from agl_ray.config.models import RunConfig, WeightsConfig
+from agl_ray.ops.events import Notice
 from agl_ray.types.errors import NotFound, WeightSyncError
 
 CATCH_UP_RETRY_SECONDS = 1.0
@@ -46,10 +47,13 @@ class WeightSync:
         self._manifest: dict[str, Any] | None = None
         self._delivering = asyncio.Lock()
         self._behind = asyncio.Event()
-        self._news: list[str] = []
+        self._news: list[Notice] = []
         self._catching_up: asyncio.Task[None] | None = None
         restarted = ray.get_runtime_context().was_current_actor_reconstructed
         self._settled_at = time.monotonic() + (SETTLE_SECONDS if restarted else 0.0)
+        if restarted:
+            text = "weight sync died and was restarted; the engines registered again"
+            self._news.append(Notice(text=text, restarted="weight_sync"))
 
     async def ping(self) -> str:
         """`ok`, once the actor is up."""
@@ -64,8 +68,8 @@ class WeightSync:
             "followers": {f.replica_id: f.version for f in self._followers.values()},
         }
 
-    async def take_news(self) -> list[str]:
-        """A sentence for each replica that Serve started in place of a lost one, since the last call."""
+    async def take_news(self) -> list[Notice]:
+        """Each engine replica that Serve started in place of a lost one, and this actor's own restart, since the last call."""
         news, self._news = self._news, []
         return news
 
@@ -88,9 +92,8 @@ class WeightSync:
         if replica_id not in self._seen:
             self._seen.add(replica_id)
             if len(self._seen) > self._replicas and version is None:
-                self._news.append(
-                    f"engine replica {replica_id} was started in place of a lost one; it takes the current weights before it serves"
-                )
+                text = f"engine replica {replica_id} was started in place of a lost one; it takes the current weights before it serves"
+                self._news.append(Notice(text=text, restarted="engine"))
         known = about["known"]
         if self._manifest is None and known is not None:
             self._manifest, self._courier.learner = (

@@ -37,14 +37,19 @@ _SSE = [(b"content-type", b"text/event-stream; charset=utf-8"), (b"cache-control
 
 
 class GatewayApp:
-    """The ASGI application; see the module's text."""
+    """The ASGI application; see the module's text. on_start: awaited before the first request; where it fails the server does not start."""
 
-    def __init__(self, door: Door, renderer: Renderer) -> None:
-        self._door, self._renderer = door, renderer
+    def __init__(
+        self,
+        door: Door,
+        renderer: Renderer,
+        on_start: Callable[[], Awaitable[None]] | None = None,
+    ) -> None:
+        self._door, self._renderer, self._on_start = door, renderer, on_start
 
     async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
         if scope["type"] == "lifespan":
-            await _lifespan(receive, send)
+            await self._lifespan(receive, send)
             return
         if scope["type"] != "http":
             return
@@ -59,6 +64,20 @@ class GatewayApp:
             failure = Refusal(500, "the gateway failed; its log says why", kind="server_error")
             await _respond(send, failure.status, failure.body())
             raise
+
+    async def _lifespan(self, receive: Receive, send: Send) -> None:
+        while True:
+            kind = (await receive())["type"]
+            if kind == "lifespan.startup" and self._on_start is not None:
+                try:
+                    await self._on_start()
+                except Exception as error:
+                    logger.exception("the gateway does not start")
+                    await send({"type": f"{kind}.failed", "message": str(error)})
+                    return
+            await send({"type": f"{kind}.complete"})
+            if kind == "lifespan.shutdown":
+                return
 
     async def _answer(self, scope: Scope, receive: Receive, send: Send) -> None:
         parts = [part for part in scope["path"].split("/") if part]
@@ -188,11 +207,3 @@ async def _disconnected(receive: Receive) -> None:
 async def _respond(send: Send, status: int, body: bytes) -> None:
     await send({"type": "http.response.start", "status": status, "headers": _JSON})
     await send({"type": "http.response.body", "body": body})
-
-
-async def _lifespan(receive: Receive, send: Send) -> None:
-    while True:
-        kind = (await receive())["type"]
-        await send({"type": f"{kind}.complete"})
-        if kind == "lifespan.shutdown":
-            return

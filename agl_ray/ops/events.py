@@ -47,9 +47,10 @@ class Validation(msgspec.Struct, frozen=True, tag_field="kind", tag="validation"
 
 
 class Notice(msgspec.Struct, frozen=True, tag_field="kind", tag="notice"):
-    """Something a person should know, in a sentence: a runner died and was replaced, ..."""
+    """Something a person should know, in a sentence. `restarted`: the kind of process that died and was replaced, where it is that."""
 
     text: str
+    restarted: str | None = None
 
 
 class Failed(msgspec.Struct, frozen=True, tag_field="kind", tag="error"):

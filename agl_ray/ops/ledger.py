@@ -39,9 +39,12 @@ class Evaluation(Record, frozen=True):
         return dict(Counter(r.end_reason for r in self.results if r.reward is None))
 
 
+PROCESSES = ("runner", "learner", "engine", "gateway", "store", "weight_sync", "controller")
+
+
 class Ledger(msgspec.Struct, kw_only=True):
     """Counts of a run up to `step` finished steps, over all its sittings. `seconds` by phase; `total_seconds` is wall time
-    up to the last entry; `notices` are sentences for people."""
+    up to the last entry; `notices` are sentences for people; `restarts` says how often each of PROCESSES was replaced."""
 
     step: int = 0
     next_row: int = 0
@@ -55,10 +58,13 @@ class Ledger(msgspec.Struct, kw_only=True):
     retokenized_tokens: int = 0
     trained_tokens: int = 0
     weight_versions: int = 1
-    learner_restarts: int = 0
-    runner_restarts: int = 0
-    engine_restarts: int = 0
-    store_restarts: int = 0
+    restarts: dict[str, int] = {}
+
+    def note(self, text: str, restarted: str | None = None) -> None:
+        """A sentence for the summary; `restarted` counts one more death of that kind of process."""
+        self.notices.append(text)
+        if restarted is not None:
+            self.restarts[restarted] = self.restarts.get(restarted, 0) + 1
 
     def book(self, phase: str, seconds: float) -> None:
         self.seconds[phase] = self.seconds.get(phase, 0.0) + seconds

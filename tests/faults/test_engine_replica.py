@@ -93,7 +93,8 @@ def test_a_killed_replica_is_replaced_and_caught_up_before_it_serves(
     assert_says(folders[1], answer)
     assert served.stats()["pid"] == new
     (news,) = ray.get(served.sync.take_news.remote(), timeout=30)
-    assert "was started in place of a lost one" in news
+    assert "was started in place of a lost one" in news.text
+    assert news.restarted == "engine"
     result = served.publish(folders[2], lost=1)
     assert result["transport"] == "object_store"
     assert result["followers"] == 1

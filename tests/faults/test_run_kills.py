@@ -53,9 +53,10 @@ def test_the_run_completes_and_says_what_happened(killed: WholeRun) -> None:
     summary = killed.summary
     assert summary["updates"] == STEPS
     assert summary["weight_versions"] == STEPS + 1
-    assert summary["restarts"] == {"runner": 1, "learner": 1, "engine": 1, "store": 1}
+    killed_once = ("runner", "learner", "engine", "gateway", "store", "weight_sync")
+    assert summary["restarts"] == {**dict.fromkeys(killed_once, 1), "controller": 0}
     told = " ".join(summary["events"])
-    for word in ("runner-", "learner", "engine", "store"):
+    for word in ("runner-", "learner", "engine", "gateway", "the store", "weight sync"):
         assert word in told, summary["events"]
     assert summary["attempts"]["ok"] >= STEPS * 16 + 2 * 8
     assert summary["max_logprob_diff"] <= 1e-3
@@ -98,6 +99,7 @@ def test_a_killed_controller_goes_on_from_the_stores_position(model: Path, tmp_p
         assert run.finish() == 0, run.text
         assert "the controller died" in run.text
         assert run.summary["updates"] == 5
+        assert run.summary["restarts"]["controller"] == 1
         assert run.text.count("validation before training") == 1
         assert run.left_over() == []
     finally:
