@@ -27,10 +27,11 @@ from typing import Any
 import ray
 from ray.actor import ActorHandle
 
-from actors.gateway import GATEWAYS
 from actors.learner_group import LearnerGroup
 from actors.learner_keeper import LearnerKeeper, step_key
+from actors.restart_watch import RestartWatch
 from actors.rollout_groups import GroupRollouts
+from actors.run_events import RunEvents
 from actors.runner_pool import RunnerPool
 from agl_ray.agents import LitAgent
 from agl_ray.config import RunConfig
@@ -42,7 +43,7 @@ from agl_ray.ops.summary import confidence_interval
 from agl_ray.schedule import WindowedQueue
 from agl_ray.store import LightningStore
 from agl_ray.trajectory.batch import GroupPlan, TrainBatch
-from agl_ray.types import LLM, RolloutStatus, RunError, from_json, to_json
+from agl_ray.types import LLM, RolloutStatus, RunError, from_json, replace, to_json
 from agl_ray.waits import wait
 
 MODEL_NAME = "main"
@@ -75,20 +76,18 @@ class Controller:
         self.store = LightningStore.connect("store", namespace=namespace)
         self.sync: ActorHandle = ray.get_actor("weight_sync", namespace=namespace)
         self.ledger = Ledger()
+        self._said = RunEvents(lambda notice: self.ledger.note(notice.text, notice.restarted))
         self.learners = LearnerKeeper(
             LearnerGroup(self.config, model_path, namespace, self.folder),
             self.store,
             self.sync,
             lambda: self.ledger,
-            self._notice,
+            self._said.notice,
         )
+        self._watch = RestartWatch(self.store, self.sync, self._said)
         self.metrics = MetricsWriter(self.folder)
-        self._events: list[Event] = []
-        self._told = asyncio.Condition()
         self._body: asyncio.Task[dict[str, Any]] | None = None
         self._failures: dict[str, int] = {}
-        self._store_restarts: int | None = None
-        self._gateways: set[str] = set()
         self._counted_until = time.time()
 
     async def ping(self) -> str:
@@ -98,40 +97,18 @@ class Controller:
 
     async def events(self, cursor: int, wait_seconds: float) -> list[Event]:
         """The events from number `cursor` on; waits up to `wait_seconds` for the first of them."""
-        async with self._told:
-            try:
-                await asyncio.wait_for(
-                    self._told.wait_for(lambda: len(self._events) > cursor), wait_seconds
-                )
-            except TimeoutError:
-                return []
-            return self._events[cursor:]
-
-    async def _tell(self, event: Event) -> None:
-        if isinstance(event, Notice):
-            self.ledger.note(event.text, event.restarted)
-        async with self._told:
-            self._events.append(event)
-            self._told.notify_all()
-
-    async def _notice(self, text: str, restarted: str | None = None) -> None:
-        await self._tell(Notice(text=text, restarted=restarted))
-
-    def _tell_soon(self, event: Event) -> None:
-        """`_tell` from a callback."""
-        task = asyncio.ensure_future(self._tell(event))
-        task.add_done_callback(lambda done: done.exception())
+        return await self._said.since(cursor, wait_seconds)
 
     async def _phase(self, name: str, work: Coroutine[Any, Any, Any]) -> Any:
         """Await `work` as a named phase: told at start and end, its seconds booked under `name`."""
-        await self._tell(Phase(name=name, state="start"))
+        await self._said.tell(Phase(name=name, state="start"))
         started = time.monotonic()
         try:
             return await work
         finally:
             seconds = time.monotonic() - started
             self.ledger.book(name, seconds)
-            await self._tell(Phase(name=name, state="end", seconds=seconds))
+            await self._said.tell(Phase(name=name, state="end", seconds=seconds))
 
     # Setting up -----------------------------------------------------------------------------------
 
@@ -156,7 +133,7 @@ class Controller:
     async def _publish(self, version: int, seconds: float) -> dict[str, Any]:
         result = await self.learners.publish(version, seconds)
         for text in result.get("notices", []):
-            await self._notice(text)
+            await self._said.notice(text)
         return result
 
     # Training -------------------------------------------------------------------------------------
@@ -168,9 +145,7 @@ class Controller:
         by phase.
         """
         self._counted_until = started
-        # The engines of the start may have come after the first publish: they replace nobody.
-        await wait(self.sync.take_news.remote(), on="news of weight sync", seconds=60)
-        self._gateways = set(await self.store.list_state(GATEWAYS))
+        await self._watch.begin()
         for phase, spent in seconds.items():
             self.ledger.book(phase, spent)
         self._body = asyncio.ensure_future(self._run(endpoint))
@@ -197,7 +172,7 @@ class Controller:
             self.agent,
             base=self.base,
             namespace=self.namespace,
-            notice=lambda text: self._tell_soon(Notice(text=text, restarted="runner")),
+            notice=lambda text: self._said.tell_soon(Notice(text=text, restarted="runner")),
         )
         supervision = asyncio.ensure_future(pool.supervise())
         training = asyncio.ensure_future(self._train(groups))
@@ -216,6 +191,7 @@ class Controller:
             await self._phase("preflight", groups.preflight())
             self.ledger.before = await self._evaluate(groups, 0)
             await self._commit(groups)
+        await self._take_up(groups)
         queue: WindowedQueue[GroupPlan] = WindowedQueue(
             groups_per_batch=self.config.rollout.groups_per_step,
             staleness=self.config.train.staleness,
@@ -250,7 +226,7 @@ class Controller:
             def progress(count: int) -> None:
                 done[step] = done.get(step, 0) + count
                 total = queue.groups_per_batch * size
-                self._tell_soon(
+                self._said.tell_soon(
                     Progress(name=f"rollouts of step {step}", done=done[step], total=total)
                 )
 
@@ -260,6 +236,17 @@ class Controller:
             while (slot := await queue.start_slot()) is not None:
                 tasks.create_task(fill(slot))
 
+    async def _take_up(self, groups: GroupRollouts) -> None:
+        """Train on the batch that an earlier sitting had journalled for the next step and did not finish."""
+        step = self.ledger.step + 1
+        body = await self.store.get_state(step_key(step))
+        if body is None or step > self.config.train.steps:
+            return
+        started, before = time.monotonic(), dict(self.ledger.seconds)
+        batch = from_json(body, TrainBatch)
+        groups.position = max(groups.position, batch.next_row)
+        await self._learn(batch, groups, started, before)
+
     async def _step(
         self, queue: WindowedQueue[GroupPlan], groups: GroupRollouts, feeder: asyncio.Task[None]
     ) -> None:
@@ -267,7 +254,16 @@ class Controller:
         step = self.ledger.step + 1
         started, before = time.monotonic(), dict(self.ledger.seconds)
         batch = await self._phase("rollout", self._next_batch(queue, step, feeder))
+        batch = replace(batch, next_row=groups.position)
         await self.store.put_state(step_key(step), to_json(batch))
+        await self._learn(batch, groups, started, before)
+        await queue.advance(step)
+
+    async def _learn(
+        self, batch: TrainBatch, groups: GroupRollouts, started: float, before: dict[str, float]
+    ) -> None:
+        """A journalled batch: update, sync, checkpoint, validation, position. started, before: clock and ledger of its begin."""
+        step = batch.step
         update = self.learners.at(step - 1, lambda group: group.train(batch, self.store))
         metrics = await self._phase("update", update)
         limit = self.config.weights.timeout_seconds
@@ -281,7 +277,6 @@ class Controller:
         if every and step % every == 0 and step < self.config.train.steps:
             validation = await self._evaluate(groups, step)
         await self._commit(groups)
-        await queue.advance(step)
         metrics["seconds_step"] = time.monotonic() - started
         await self._report(batch, metrics, result, before, validation)
 
@@ -305,7 +300,7 @@ class Controller:
         def progress(count: int) -> None:
             nonlocal done
             done += count
-            self._tell_soon(Progress(name="validation", done=done, total=len(rows)))
+            self._said.tell_soon(Progress(name="validation", done=done, total=len(rows)))
 
         result: Evaluation = await self._phase("validation", groups.evaluate(rows, step, progress))
         attempts = [(r.rollout_id, r.attempt_id) for r in result.results if r.attempt_id]
@@ -315,7 +310,9 @@ class Controller:
         if not result.scores:
             raise RunError(f"validation at step {step}: no rollout ended ok ({result.failures})")
         mean, interval = confidence_interval(result.scores)
-        await self._tell(Validation(step=step, accuracy=mean, ci95=interval, n=len(result.scores)))
+        await self._said.tell(
+            Validation(step=step, accuracy=mean, ci95=interval, n=len(result.scores))
+        )
         return result
 
     async def _commit(self, groups: GroupRollouts) -> None:
@@ -323,7 +320,7 @@ class Controller:
         now = time.time()
         self.ledger.total_seconds += now - self._counted_until
         self._counted_until = now
-        await self._hear()
+        await self._watch.hear()
         self.ledger.next_row = groups.position
         self.ledger.dropped_groups += groups.dropped_groups
         groups.dropped_groups = 0
@@ -355,24 +352,7 @@ class Controller:
         if validation is not None:
             row["validation"] = sum(validation.scores) / len(validation.scores)
         self.metrics.write(row)
-        await self._tell(StepDone(step=batch.step, steps=self.config.train.steps, metrics=row))
-
-    async def _hear(self) -> None:
-        """Pass on what was started again without the controller's doing: engines, weight sync, gateways, the store."""
-        for notice in await wait(
-            self.sync.take_news.remote(), on="news of weight sync", seconds=60
-        ):
-            await self._tell(notice)
-        gateways = set(await self.store.list_state(GATEWAYS))
-        for name in sorted(gateways - self._gateways):
-            text = f"gateway {name.removeprefix(GATEWAYS)} was started in place of a lost one; it rebuilds conversations from the store"
-            await self._notice(text, "gateway")
-        self._gateways = gateways
-        restarts = (await self.store.statistics())["restarts"]
-        for _ in range(self._store_restarts or restarts, restarts):
-            text = "the store died and was restored from its journal; nothing acknowledged was lost"
-            await self._notice(text, "store")
-        self._store_restarts = restarts
+        await self._said.tell(StepDone(step=batch.step, steps=self.config.train.steps, metrics=row))
 
     async def _new_failures(self) -> dict[str, int]:
         """Attempts that did not end ok since the last call, by end reason."""

@@ -40,10 +40,14 @@ class GroupPlan(Record, frozen=True):
 
 
 class TrainBatch(Record, frozen=True):
-    """One training step. `step` counts from 1; it turns weight version `step - 1` into version `step`."""
+    """One training step. `step` counts from 1; it turns weight version `step - 1` into version `step`.
+
+    next_row: how many rows had been handed out when it was made, so that a run resumed from it goes on behind them.
+    """
 
     step: int
     groups: tuple[GroupPlan, ...]
+    next_row: int = 0
 
     @property
     def members(self) -> list[Member]:
