@@ -6,6 +6,7 @@ A helper inside the controller; the driver reads it by long polls with a cursor.
 from __future__ import annotations
 
 import asyncio
+import contextlib
 from collections.abc import Callable
 
 from agl_ray.ops.events import Event, Notice
@@ -22,12 +23,9 @@ class RunEvents:
     async def since(self, cursor: int, wait_seconds: float) -> list[Event]:
         """The events from number `cursor` on; waits up to `wait_seconds` for the first of them."""
         async with self._told:
-            try:
-                await asyncio.wait_for(
-                    self._told.wait_for(lambda: len(self._events) > cursor), wait_seconds
-                )
-            except TimeoutError:
-                return []
+            if len(self._events) <= cursor:
+                with contextlib.suppress(TimeoutError):
+                    await asyncio.wait_for(self._told.wait(), wait_seconds)
             return self._events[cursor:]
 
     async def tell(self, event: Event) -> None:
