@@ -24,16 +24,29 @@ def _bench() -> None:
 
 
 @app.command()
-def e2e(quick: Quick = False, json_file: JsonFile = None) -> None:
+def e2e(
+    quick: Quick = False,
+    json_file: JsonFile = None,
+    tokens: Annotated[
+        int | None,
+        typer.Option("--tokens", min=1, max=64, help="With --quick: tokens of an answer (64)."),
+    ] = None,
+) -> None:
     """The whole loop against the ideal: what engine and learner reach alone, in the same run.
 
     \b
-    Example:
+    Examples:
       agl-ray bench e2e --quick --json bench-e2e.json
+      agl-ray bench e2e --quick --tokens 12    # short answers: the price of a call weighs more
     """
-    from agl_ray.bench.e2e import run_e2e
+    from agl_ray.bench.e2e import QUICK_TOKENS, run_e2e
 
-    report(run_e2e(quick=quick), json_file)
+    if tokens is not None and not quick:
+        raise typer.BadParameter(
+            "expected with --quick only: the full measurement trains the quickstart's own agent",
+            param_hint="--tokens",
+        )
+    report(run_e2e(quick=quick, tokens=tokens or QUICK_TOKENS), json_file)
 
 
 def report(numbers: dict[str, Any], json_file: Path | None) -> None:
