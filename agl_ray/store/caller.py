@@ -62,6 +62,26 @@ class StoreCaller:
         """Over a core of this process (`await StoreCore.open("memory://")`): tests, tools, debugging."""
         return cls(LocalTransport(core))
 
+    @classmethod
+    def http(
+        cls: type[Client],
+        url: str,
+        api_key: str | None = None,
+        *,
+        answer_seconds: float = 60.0,
+        away_seconds: float = 60.0,
+    ) -> Client:
+        """The store behind the door at `url` (`http://host:port`), from outside the cluster; InputError where that is no address."""
+        from agl_ray.store.doors.http_transport import HttpTransport
+
+        transport = HttpTransport(url, api_key)
+        return cls(transport, answer_seconds=answer_seconds, away_seconds=away_seconds)
+
+    @property
+    def transport(self) -> Transport:
+        """How this client reaches its store: what a door passes commands on to."""
+        return self._transport
+
     async def _call(
         self,
         command: str,

@@ -1,0 +1,77 @@
+"""All doors of a store as one ASGI application.
+
+    /v1/agl/call/{command}   our own client (rpc.py)
+
+What it is: the way from a path to its door, and the API key. The paths are whole (`/v1/...`) wherever the application is mounted.
+Who calls it: `actors/store_door.py` (Ray Serve), `agl_ray/cli/store_serve.py` (uvicorn). Test alone: tests/unit/test_store_http.py.
+"""
+
+from __future__ import annotations
+
+import hmac
+import logging
+
+from agl_ray.store.client import LightningStore
+from agl_ray.store.doors import rpc
+from agl_ray.store.doors.asgi import App, Receive, Scope, Send, error_body, respond
+
+log = logging.getLogger("agl_ray.store")
+
+OPEN_PATHS = frozenset({"/v1/agl/health", "/healthz"})  # answered without a key: probes have none
+
+
+def store_app(store: LightningStore, *, api_key: str | None = None) -> App:
+    """The doors of `store`. api_key: what callers must show as `Authorization: Bearer KEY` or `x-api-key: KEY`; None: nothing."""
+    return _Doors([(rpc.PATH, rpc.CallRoute(store.transport))], api_key)
+
+
+class _Doors:
+    """`doors`: (start of the path, application), the first that fits is asked."""
+
+    def __init__(self, doors: list[tuple[str, App]], api_key: str | None) -> None:
+        self._doors = doors
+        self._key = None if api_key is None else api_key.encode()
+
+    async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
+        if scope["type"] == "lifespan":
+            await _lifespan(receive, send)
+        elif scope["type"] == "http":
+            await self._route(_with_whole_path(scope), receive, send)
+
+    async def _route(self, scope: Scope, receive: Receive, send: Send) -> None:
+        path: str = scope["path"]
+        if path not in OPEN_PATHS and not self._may_enter(scope):
+            text = "expected the store's API key as `Authorization: Bearer KEY` or `x-api-key: KEY`"
+            await respond(send, 401, error_body("Unauthorized", text))
+            return
+        for start, app in self._doors:
+            if path.startswith(start):
+                await app(scope, receive, send)
+                return
+        await respond(send, 404, error_body("NotFound", f"{path}: nothing is there"))
+
+    def _may_enter(self, scope: Scope) -> bool:
+        if self._key is None:
+            return True
+        headers = dict(scope["headers"])
+        scheme, _, token = headers.get(b"authorization", b"").partition(b" ")
+        shown = [headers.get(b"x-api-key", b"")]
+        if scheme.lower() == b"bearer":
+            shown.append(token.strip())
+        fits = [hmac.compare_digest(one, self._key) for one in shown]
+        return any(fits)
+
+
+def _with_whole_path(scope: Scope) -> Scope:
+    """`scope` with the whole path and no root: where the application is mounted below a prefix, servers differ in what they cut off."""
+    root, path = scope.get("root_path", ""), scope["path"]
+    whole = path if not root or path.startswith(root) else root + path
+    return {**scope, "root_path": "", "path": whole}
+
+
+async def _lifespan(receive: Receive, send: Send) -> None:
+    while True:
+        kind = (await receive())["type"]
+        await send({"type": f"{kind}.complete"})
+        if kind == "lifespan.shutdown":
+            return
