@@ -94,7 +94,7 @@ class FieldCipher:
         if key is None:
             raise StoreError(
                 f"{name}: it is encrypted with the key {key_id}, and {self.source} has only {', '.join(self.key_ids)}; "
-                "add that key at the end of the list"
+                "without that key it cannot be read; add it at the end of the list"
             )
         value = key.decrypt(bytes(sealed[HEADER_BYTES:]), _binding(header, belongs_to))
         if value is None:
