@@ -65,7 +65,7 @@ QUICK = [  # nothing has to be made first: random weights, and an agent whose re
     "learner.max_row_tokens=256",
 ]
 QUICK_TOKENS = 64  # an answer; the price of a call is the same for a short one, so short ones have a smaller share
-CALLS_ALONE = 256  # calls of the engine's measurement
+CALLS_ALONE = 128  # calls of the engine's measurement
 ROUNDS = 2  # of each measurement alone; the better one counts
 
 
