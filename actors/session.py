@@ -262,7 +262,7 @@ class RunSession:
         return examples
 
     async def _side(self, result: RowResult) -> dict[str, Any]:
-        spans = await self.store.query_spans(result.rollout_id, result.attempt_id)
+        spans = await self.store.query_span_rows(result.rollout_id, result.attempt_id)
         return {"messages": conversation(spans), "reward": result.reward}
 
 

@@ -17,6 +17,7 @@ from typing import Any
 
 from agl_ray.store.client import LightningStore
 from agl_ray.store.core import StoreCore
+from agl_ray.store.lane import Command, answer_each
 from agl_ray.store.transport import ActorTransport
 from agl_ray.types import StoreError
 
@@ -45,6 +46,10 @@ class Store:
         if core is None or core.failure is not None:
             core = await self._open()
         return await getattr(core, command)(*arguments)
+
+    async def call_many(self, commands: list[Command]) -> list[Any]:
+        """Run several commands, begun in their order; per command its result or its error."""
+        return await answer_each(self.call, commands)
 
     async def pid(self) -> int:
         """The process id of this life (fault tests kill it)."""

@@ -217,7 +217,7 @@ class FakeStore:
         self.batches.append(batch)
         return [len(self.batches)]
 
-    async def query_spans(
+    async def query_span_rows(
         self, rollout_id: str, attempt_id: str | None = None
     ) -> list[dict[str, Any]]:
         rows = [row for batch in self.batches for row in batch.to_pylist()]

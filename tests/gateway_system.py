@@ -216,7 +216,7 @@ async def _serve(pipe: Connection, folder: Path, gateway: dict[str, Any]) -> Non
                 await store.end_attempt(*arguments, EndReason.OK, reward=1.0)
                 pipe.send(None)
             elif command == "spans":
-                pipe.send(await store.query_spans(*arguments))
+                pipe.send(await store.query_span_rows(*arguments))
             elif command == "kill_gateway":
                 pipe.send(await asyncio.to_thread(_kill_replica, "Gateway"))
             elif command == "stop":

@@ -46,7 +46,7 @@ class StoreClient(Protocol):
         self, rollout_id: str, attempt_id: str, batch: Any, batch_id: str | None = None
     ) -> Any: ...
 
-    async def query_spans(
+    async def query_span_rows(
         self, rollout_id: str, attempt_id: str | None = None
     ) -> list[dict[str, Any]]: ...
 
@@ -165,7 +165,8 @@ class Attempts:
         live.unanswered = attempt is not None and UNANSWERED_CALL in attempt.metadata
         if attempt is not None and attempt.num_spans:
             rows = await self._ask(
-                self._store.query_spans(path.rollout_id, path.attempt_id), f"the spans of {path}"
+                self._store.query_span_rows(path.rollout_id, path.attempt_id),
+                f"the spans of {path}",
             )
             live.counts = counters(rows)
             live.sessions = {role: rebuild(rows, role) for role in {row["role"] for row in rows}}
@@ -228,7 +229,7 @@ class Attempts:
         if live is None:
             try:
                 rows = await self._ask(
-                    self._store.query_spans(path.rollout_id, path.attempt_id),
+                    self._store.query_span_rows(path.rollout_id, path.attempt_id),
                     f"the spans of {path}",
                 )
             except NotFound as error:

@@ -16,7 +16,7 @@ from agl_ray.spans import KIND_CALL
 def conversation(spans: Iterable[Mapping[str, Any]]) -> list[dict[str, Any]]:
     """The messages of an attempt's last conversation, the model's last answer included.
 
-    spans: rows of the attempt in order of `sequence_id`, as `LightningStore.query_spans` gives them; spans that are no calls
+    spans: rows of the attempt in order of `sequence_id`, as `LightningStore.query_span_rows` gives them; spans that are no calls
     are passed over. An agent that opened several conversations shows the one it ended with.
     """
     messages: list[dict[str, Any]] = []

@@ -170,5 +170,5 @@ def counters(rows: Iterable[Mapping[str, Any]]) -> dict[str, int]:
 
 
 def _value(stored: Any) -> Any:
-    """Attribute values are JSON text in Arrow; `query_spans` of some transports hands them out decoded."""
+    """Attribute values are JSON text in Arrow; `query_span_rows` of some transports hands them out decoded."""
     return json.loads(stored) if isinstance(stored, str) else stored

@@ -8,15 +8,23 @@ from __future__ import annotations
 
 import asyncio
 import time
+from collections.abc import Awaitable, Callable, Sequence
 from typing import Any, TypeVar
 
 from agl_ray import waits
 from agl_ray.store.core import StoreCore
-from agl_ray.store.lane import SpanLanes
-from agl_ray.store.transport import ActorTransport, LocalTransport, StoreAway, Transport
+from agl_ray.store.lane import ALONE, Command, Lanes
+from agl_ray.store.transport import (
+    ActorTransport,
+    GatheringTransport,
+    LocalTransport,
+    StoreAway,
+    Transport,
+)
 from agl_ray.types import NotFound, WaitTimeout
 
 Client = TypeVar("Client", bound="StoreCaller")
+T = TypeVar("T")
 
 
 class StoreCaller:
@@ -30,7 +38,8 @@ class StoreCaller:
         self._transport = transport
         self._answer_seconds = answer_seconds
         self._away_seconds = away_seconds
-        self._lanes = SpanLanes(self._call)
+        self._gathering = transport if isinstance(transport, GatheringTransport) else None
+        self._lanes = Lanes(self._send)
 
     def __reduce__(self) -> Any:
         return (_rebuilt, (type(self), self._transport, self._answer_seconds, self._away_seconds))
@@ -88,15 +97,47 @@ class StoreCaller:
         *arguments: Any,
         blocking: float = 0.0,
         repeat: tuple[Any, ...] | None = None,
+        size: int = 0,
     ) -> Any:
         """One command, repeated while the store is away. `blocking`: seconds that the store may wait by itself.
-        `repeat`: arguments of a repetition where they differ."""
+        `repeat`: arguments of a repetition where they differ. `size`: bytes that it carries."""
+        first: Command = (command, arguments)
+        again: Command = first if repeat is None else (command, repeat)
+        if not blocking and command not in ALONE and self._gathers():
+            return await self._lanes.call(first, again, size)
+        seconds = self._answer_seconds + blocking
+        call = self._transport.call
+
+        def ask(repeated: bool) -> Awaitable[Any]:
+            name, given = again if repeated else first
+            return call(name, *given, seconds=seconds)
+
+        return await self._until_back(ask, command)
+
+    def _gathers(self) -> bool:
+        return self._gathering is not None and self._gathering.gathers()
+
+    async def _send(self, first: Sequence[Command], again: Sequence[Command]) -> Sequence[Any]:
+        """Carry the lane's commands; a single one needs no list around it."""
+        seconds, transport = self._answer_seconds, self._gathering
+        assert transport is not None
+
+        async def ask(repeated: bool) -> Sequence[Any]:
+            commands = again if repeated else first
+            if len(commands) > 1:
+                return await transport.call_many(commands, seconds=seconds)
+            name, given = commands[0]
+            return [await transport.call(name, *given, seconds=seconds)]
+
+        return await self._until_back(ask, first[0][0])
+
+    async def _until_back(self, ask: Callable[[bool], Awaitable[T]], command: str) -> T:
+        """The answer to `ask(repeated)`, asked again while the store is away."""
         give_up: float | None = None
         pause = 0.05
         while True:
             try:
-                seconds = self._answer_seconds + blocking
-                return await self._transport.call(command, *arguments, seconds=seconds)
+                return await ask(give_up is not None)
             except StoreAway as error:
                 now = time.monotonic()
                 give_up = now + self._away_seconds if give_up is None else give_up
@@ -109,7 +150,6 @@ class StoreCaller:
                 seconds=pause + 60,
             )
             pause = min(2 * pause, 1.0)
-            arguments = arguments if repeat is None else repeat
 
 
 def _rebuilt(

@@ -13,12 +13,10 @@ from collections.abc import Iterable, Sequence
 from typing import Any
 
 import msgspec
-import pyarrow as pa
 from msgspec import UNSET, UnsetType
 
-from agl_ray.store.caller import StoreCaller
 from agl_ray.store.checks import clean_text, json_value
-from agl_ray.store.payload import Payloads, pack, rows_of, table_of
+from agl_ray.store.span_calls import SpanCalls
 from agl_ray.store.state import AttemptKey
 from agl_ray.types import (
     Attempt,
@@ -35,11 +33,11 @@ from agl_ray.types import (
     new_id,
 )
 
+STRAGGLER_SECONDS = 5.0  # the store's own patience with spans on their way
 SLICE_SECONDS = 20.0  # one blocking call asks the actor for at most this long, then asks again
-READ_ATTEMPTS = 256  # attempts per read_spans call
 
 
-class LightningStore(StoreCaller):
+class LightningStore(SpanCalls):
     """Rollouts, attempts, spans, resources, workers and named state of one run. Made by `connect`, `local`, or
     `actors.store.create_store`; the parameters are those of `StoreCaller`."""
 
@@ -55,12 +53,6 @@ class LightningStore(StoreCaller):
         """The next version of a snapshot (the first where the id is new); it becomes the latest."""
         again = (resources_id, resources, True)
         return await self._call("update_resources", resources_id, resources, repeat=again)
-
-    async def get_latest_resources(self) -> ResourcesUpdate | None:
-        return await self._call("get_resources", None)
-
-    async def get_resources_by_id(self, resources_id: str) -> ResourcesUpdate | None:
-        return await self._call("get_resources", resources_id)
 
     # Rollouts.
 
@@ -105,14 +97,15 @@ class LightningStore(StoreCaller):
             return []
         request_id = new_id("rq")
         give_up = time.monotonic() + wait_seconds
+        slice_seconds, left = 0.0, wait_seconds  # the first look travels with other commands
         while True:
-            left = max(0.0, give_up - time.monotonic())
-            slice_seconds = min(left, SLICE_SECONDS)
             taken = await self._call(
                 "dequeue", limit, worker_id, slice_seconds, request_id, blocking=slice_seconds
             )
-            if taken or left <= SLICE_SECONDS:
+            if taken or left <= slice_seconds:
                 return taken
+            left = max(0.0, give_up - time.monotonic())
+            slice_seconds = min(left, SLICE_SECONDS)
 
     async def start_rollout(
         self,
@@ -165,27 +158,6 @@ class LightningStore(StoreCaller):
             if enough or (give_up is not None and left <= SLICE_SECONDS):
                 return final
 
-    async def get_rollout_by_id(self, rollout_id: str) -> Rollout | None:
-        return await self._call("get_rollout", rollout_id)
-
-    async def get_rollout_in_full(
-        self, rollout_id: str
-    ) -> tuple[Rollout, Attempt | None, ResourcesUpdate | None] | None:
-        """The rollout, its latest attempt and the resources it uses, in one call; None where the rollout is unknown."""
-        return await self._call("get_rollout_in_full", rollout_id)
-
-    async def query_rollouts(
-        self,
-        *,
-        status_in: Sequence[RolloutStatus] | None = None,
-        rollout_id_in: Sequence[str] | None = None,
-        mode: str | None = None,
-        limit: int = -1,
-        offset: int = 0,
-    ) -> list[Rollout]:
-        """Rollouts in order of creation (of `rollout_id_in` where given); `limit` -1 = all."""
-        return await self._call("query_rollouts", status_in, rollout_id_in, mode, limit, offset)
-
     async def update_rollout(
         self,
         rollout_id: str,
@@ -221,9 +193,9 @@ class LightningStore(StoreCaller):
         becomes `lost` where they do not come.
         """
         reason = EndReason(reason)
-        return await self._call(
-            "end_attempt", rollout_id, attempt_id, reason, reward, clean_text(error), expected_spans
-        )
+        given = (rollout_id, attempt_id, reason, reward, clean_text(error), expected_spans)
+        may_wait = STRAGGLER_SECONDS if expected_spans else 0.0
+        return await self._call("end_attempt", *given, blocking=may_wait)
 
     async def update_attempt(
         self,
@@ -240,61 +212,6 @@ class LightningStore(StoreCaller):
         fields["last_heartbeat_time"] = last_heartbeat_time
         return await self._call("update_attempt", rollout_id, attempt_id, _given(fields))
 
-    async def get_attempt(self, rollout_id: str, attempt_id: str) -> Attempt:
-        """NotFound where it is unknown; `attempt_id` may be `latest`."""
-        return await self._call("get_attempt", rollout_id, attempt_id)
-
-    async def get_latest_attempt(self, rollout_id: str) -> Attempt | None:
-        return await self._call("get_latest_attempt", rollout_id)
-
-    async def get_attempts(self, rollout_ids: Sequence[str]) -> list[Attempt]:
-        """The latest attempt of each rollout, in order; rollouts without one are left out."""
-        return await self._call("get_attempts", list(rollout_ids))
-
-    async def query_attempts(self, rollout_id: str) -> list[Attempt]:
-        """All attempts of a rollout in order."""
-        return await self._call("query_attempts", rollout_id)
-
-    # Spans.
-
-    async def add_spans(
-        self,
-        rollout_id: str,
-        attempt_id: str,
-        batch: pa.RecordBatch | bytes,
-        batch_id: str | None = None,
-    ) -> list[int]:
-        """Store a batch in SPAN_SCHEMA (or its IPC stream); the answer, its sequence ids, comes when it is journalled.
-
-        `batch_id` (unique in its attempt) makes a repetition by the caller harmless. Calls made at the same time travel together.
-        """
-        payload, count = pack(batch, (rollout_id, attempt_id))
-        item = (rollout_id, attempt_id, batch_id or new_id("ba"), count, payload)
-        first, number = await self._lanes.send(item)
-        return list(range(first, first + number))
-
-    async def read_spans(self, attempts: Sequence[AttemptKey]) -> pa.Table:
-        """The spans of these attempts as a table in SPAN_SCHEMA, in order of (given attempts, sequence_id)."""
-        keys = [(rollout_id, attempt_id) for rollout_id, attempt_id in attempts]
-        parts: list[Payloads] = []
-        for start in range(0, len(keys), READ_ATTEMPTS):
-            parts.append(await self._call("read_spans", keys[start : start + READ_ATTEMPTS]))
-        return table_of(parts)
-
-    async def query_spans(
-        self, rollout_id: str, attempt_id: str | None = None
-    ) -> list[dict[str, Any]]:
-        """Spans as plain rows in order of sequence; `attempt_id` None = all attempts, `latest` = the newest."""
-        attempts = await self.query_attempts(rollout_id)
-        if attempt_id == "latest":
-            keys = [(rollout_id, one.attempt_id) for one in attempts[-1:]]
-        elif attempt_id is None:
-            keys = [(rollout_id, one.attempt_id) for one in attempts]
-        else:
-            keys = [(rollout_id, attempt_id)]
-        rows = rows_of(await self.read_spans(keys))
-        return sorted(rows, key=lambda row: row["sequence_id"])
-
     # Workers.
 
     async def update_worker(
@@ -310,9 +227,6 @@ class LightningStore(StoreCaller):
         """The worker is dead: end its open attempts `lost` (requeued by the retry rule) and return them."""
         return await self._call("worker_lost", worker_id, why)
 
-    async def query_workers(self) -> list[Worker]:
-        return await self._call("query_workers")
-
     # Named state, statistics, life.
 
     async def put_state(self, key: str, value: bytes) -> None:
@@ -325,10 +239,6 @@ class LightningStore(StoreCaller):
     async def list_state(self, prefix: str = "") -> list[str]:
         """The keys that start with `prefix`, sorted."""
         return await self._call("list_state", prefix)
-
-    async def statistics(self) -> dict[str, Any]:
-        """Counts of records by status and by end reason, spans and their bytes, queue length, uptime, restarts."""
-        return await self._call("statistics")
 
     async def ping(self) -> float:
         """Seconds that the store has been up (since its last restart)."""

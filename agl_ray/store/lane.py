@@ -1,87 +1,125 @@
-"""Many add_spans calls of one process in few messages.
+"""Many commands of one process in few messages.
 
-What it is: calls that arrive while a message is on its way wait for the next one and travel in it together; a lone call leaves at
-once. A message to an actor costs about the same for one batch as for fifty.
-Who calls it: `agl_ray.store.client`. Test alone: tests/unit/test_store_client.py.
+What it is: commands that are given while a message is on its way wait for the next one and travel in it together, begun by the store
+in the order in which they were given; each is answered by its own result or error. A lone command leaves at once. A message to
+another process costs about the same for one command as for fifty. Commands that block in the store, and those whose answers
+are large, travel alone: they would keep the others waiting (`ALONE`).
+Who calls it: `agl_ray.store.caller`; the answering side is `answer_each`. Test alone: tests/unit/test_store_lane.py.
 """
 
 from __future__ import annotations
 
 import asyncio
-from collections.abc import Awaitable, Callable
-from typing import Any
+import copy
+import logging
+from collections.abc import Awaitable, Callable, Sequence
+from typing import Any, NamedTuple
 from weakref import WeakKeyDictionary
 
-from agl_ray.store.core import SpanItem
-from agl_ray.store.state import BatchEntry
+from agl_ray.types import AglError, StoreError
+
+log = logging.getLogger("agl_ray.store")
 
 IN_FLIGHT = 2  # messages on their way: one is carried out while the next one travels
-MOST_ITEMS = 256
+MOST_COMMANDS = 256
 MOST_BYTES = 8 * 2**20  # per message
+COMMAND_BYTES = 1024  # what a command without payload counts for
 
-Call = Callable[..., Awaitable[Any]]
+ALONE = frozenset(
+    ("close", "ping", "statistics", "wait_for_rollouts", "events", "read_spans", "query_records")
+)
+
+Command = tuple[str, tuple[Any, ...]]
+"""(name of a coroutine of `StoreCore`, its arguments)"""
+Send = Callable[[Sequence[Command], Sequence[Command]], Awaitable[Sequence[Any]]]
+"""Carries commands to the store (the second list instead, where it must repeat them); per command its result or its error."""
 
 
-class SpanLanes:
+class Item(NamedTuple):
+    command: Command
+    again: Command  # what a repetition says
+    size: int
+    answer: asyncio.Future[Any]
+
+
+class Lanes:
     """One lane per event loop (a client may be used from several)."""
 
-    def __init__(self, call: Call) -> None:
-        self._call = call
+    def __init__(self, send: Send) -> None:
+        self._send = send
         self._lanes: WeakKeyDictionary[asyncio.AbstractEventLoop, _Lane] = WeakKeyDictionary()
 
-    async def send(self, item: SpanItem) -> BatchEntry:
-        """Where the store put the batch, or its error raised."""
+    async def call(self, command: Command, again: Command, size: int) -> Any:
+        """The command's result, or its error raised. `size`: bytes that it carries."""
         loop = asyncio.get_running_loop()
         lane = self._lanes.get(loop)
         if lane is None:
-            lane = self._lanes[loop] = _Lane(self._call)
-        return await lane.send(item)
+            lane = self._lanes[loop] = _Lane(self._send)
+        return await lane.call(loop, command, again, size)
 
 
 class _Lane:
-    def __init__(self, call: Call) -> None:
-        self._call = call
-        self._waiting: list[tuple[SpanItem, asyncio.Future[BatchEntry]]] = []
+    def __init__(self, send: Send) -> None:
+        self._send = send
+        self._waiting: list[Item] = []
         self._senders: set[asyncio.Task[None]] = set()
 
-    async def send(self, item: SpanItem) -> BatchEntry:
-        loop = asyncio.get_running_loop()
-        future: asyncio.Future[BatchEntry] = loop.create_future()
-        self._waiting.append((item, future))
+    async def call(
+        self, loop: asyncio.AbstractEventLoop, command: Command, again: Command, size: int
+    ) -> Any:
+        item = Item(command, again, size, loop.create_future())
+        self._waiting.append(item)
         if len(self._senders) < IN_FLIGHT:
-            sender = loop.create_task(self._send_all(), name="store-span-lane")
+            sender = loop.create_task(self._send_all(), name="store-lane")
             self._senders.add(sender)
             sender.add_done_callback(self._senders.discard)
-        return await future
+        return await item.answer
 
     async def _send_all(self) -> None:
         while self._waiting:
-            batch = self._next()
+            items = self._next()
             try:
-                results = await self._call("add_spans", [item for item, _ in batch])
-            except BaseException as error:
-                for _, future in batch:
-                    if not future.done():
-                        future.set_exception(error) if isinstance(
-                            error, Exception
-                        ) else future.cancel()
-                if not isinstance(error, Exception):
-                    raise
-                continue
-            for (_, future), result in zip(batch, results, strict=True):
-                if future.done():
+                results = await self._send(
+                    [one.command for one in items], [one.again for one in items]
+                )
+            except Exception as error:  # noqa: BLE001 (the callers raise it)
+                results = [copy.copy(error) for _ in items]
+            except BaseException:
+                for one in items:
+                    one.answer.cancel()
+                raise
+            for one, result in zip(items, results, strict=True):
+                if one.answer.done():
                     continue  # its caller was cancelled
                 if isinstance(result, Exception):
-                    future.set_exception(result)
+                    one.answer.set_exception(result)
                 else:
-                    future.set_result(result)
+                    one.answer.set_result(result)
 
-    def _next(self) -> list[tuple[SpanItem, asyncio.Future[BatchEntry]]]:
+    def _next(self) -> list[Item]:
         size = number = 0
-        for item, _ in self._waiting[:MOST_ITEMS]:
-            size += len(item[4])
+        for item in self._waiting[:MOST_COMMANDS]:
+            size += COMMAND_BYTES + item.size
             if number and size > MOST_BYTES:
                 break
             number += 1
-        batch, self._waiting = self._waiting[:number], self._waiting[number:]
-        return batch
+        items, self._waiting = self._waiting[:number], self._waiting[number:]
+        return items
+
+
+async def answer_each(
+    call: Callable[..., Awaitable[Any]], commands: Sequence[Command]
+) -> list[Any]:
+    """The store's side: run the commands, begun in their order; per command its result or its error."""
+    works = (_answer(call, name, arguments) for name, arguments in commands)
+    return await asyncio.gather(*works)
+
+
+async def _answer(call: Callable[..., Awaitable[Any]], name: str, arguments: Sequence[Any]) -> Any:
+    try:
+        return await call(name, *arguments)
+    except AglError as error:
+        return error.with_traceback(None)
+    except Exception as error:  # a bug in one command must not take the others' answers along
+        log.exception("store: %s failed unexpectedly", name)
+        return StoreError(f"store: {name} failed unexpectedly: {type(error).__name__}: {error}")

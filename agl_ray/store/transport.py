@@ -8,12 +8,15 @@ Who calls it: `agl_ray.store.client`. Test alone: tests/integration/test_store_a
 from __future__ import annotations
 
 import asyncio
-from collections.abc import Coroutine
-from typing import Any, Protocol
+from collections.abc import Coroutine, Sequence
+from typing import Any, Protocol, TypeVar, runtime_checkable
 
 from agl_ray import waits
 from agl_ray.store.core import StoreCore
+from agl_ray.store.lane import Command, answer_each
 from agl_ray.types import StoreError
+
+T = TypeVar("T")
 
 END_SECONDS = 30.0  # for Ray to note that a killed actor has ended
 
@@ -29,8 +32,23 @@ class Transport(Protocol):
         """End the store's process, after its `shutdown`."""
 
 
+@runtime_checkable
+class GatheringTransport(Transport, Protocol):
+    """One that carries several commands in one message."""
+
+    def gathers(self) -> bool:
+        """Whether that pays here and now; where not, every command is sent with `call`."""
+
+    async def call_many(self, commands: Sequence[Command], *, seconds: float) -> list[Any]:
+        """Per command its result or its error."""
+
+
 class LocalTransport:
     """Into a core of this process, from any of its event loops."""
+
+    def gathers(self) -> bool:
+        """Across threads a message has its price, on the core's own loop it has none."""
+        return asyncio.get_running_loop() is not self.core.loop
 
     def __init__(self, core: StoreCore) -> None:
         self.core = core
@@ -41,8 +59,18 @@ class LocalTransport:
         )
 
     async def call(self, command: str, *arguments: Any, seconds: float) -> Any:
-        work: Coroutine[Any, Any, Any] = getattr(self.core, command)(*arguments)
         on = f"the local store's answer to {command}"
+        return await self._do(self._run(command, *arguments), on, seconds)
+
+    async def call_many(self, commands: Sequence[Command], *, seconds: float) -> list[Any]:
+        on = f"the local store's answers to {len(commands)} commands"
+        return await self._do(answer_each(self._run, commands), on, seconds)
+
+    def _run(self, command: str, *arguments: Any) -> Coroutine[Any, Any, Any]:
+        work: Coroutine[Any, Any, Any] = getattr(self.core, command)(*arguments)
+        return work
+
+    async def _do(self, work: Coroutine[Any, Any, T], on: str, seconds: float) -> T:
         if asyncio.get_running_loop() is self.core.loop:
             return await waits.wait(work, on=on, seconds=seconds)
         future = asyncio.run_coroutine_threadsafe(work, self.core.loop)
@@ -61,15 +89,25 @@ class ActorTransport:
     def __reduce__(self) -> Any:
         return (ActorTransport, (self.handle, self.name, self.namespace))
 
+    def gathers(self) -> bool:
+        return True
+
     async def call(self, command: str, *arguments: Any, seconds: float) -> Any:
         """Raises the store's own error, StoreAway while it restarts, StoreError once it is gone for good."""
+        return await self._answer(self.handle.call.remote(command, *arguments), command, seconds)
+
+    async def call_many(self, commands: Sequence[Command], *, seconds: float) -> list[Any]:
+        ref = self.handle.call_many.remote(commands)
+        words = f"{commands[0][0]} and {len(commands) - 1} more"
+        answers: list[Any] = await self._answer(ref, words, seconds)
+        return answers
+
+    async def _answer(self, ref: Any, command: str, seconds: float) -> Any:
         import ray
 
-        ref = self.handle.call.remote(command, *arguments)
+        on = f"store {self.name!r} to answer {command}"
         try:
-            return await waits.wait(
-                ref, on=f"store {self.name!r} to answer {command}", seconds=seconds
-            )
+            return await waits.wait(ref, on=on, seconds=seconds)
         except asyncio.CancelledError:
             ray.cancel(ref)  # a taker that has gone must not be given work
             raise

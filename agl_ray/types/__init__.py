@@ -1,5 +1,7 @@
 """Records and errors shared by every room. No behaviour, no heavy import."""
 
+from msgspec import UNSET
+
 from agl_ray.types.errors import (
     AgentFailure,
     AglError,
@@ -13,6 +15,7 @@ from agl_ray.types.errors import (
     WaitTimeout,
     WeightSyncError,
 )
+from agl_ray.types.page import PaginatedResult
 from agl_ray.types.resource import LLM, NamedResources, PromptTemplate, Resource, ResourcesUpdate
 from agl_ray.types.rollout import (
     UNANSWERED_CALL,
@@ -31,10 +34,12 @@ from agl_ray.types.rollout import (
     replace,
     to_json,
 )
+from agl_ray.types.span import Span
 
 __all__ = [
     "LLM",
     "UNANSWERED_CALL",
+    "UNSET",
     "AgentFailure",
     "AglError",
     "Attempt",
@@ -48,6 +53,7 @@ __all__ = [
     "InputError",
     "NamedResources",
     "NotFound",
+    "PaginatedResult",
     "PromptTemplate",
     "Record",
     "Resource",
@@ -56,6 +62,7 @@ __all__ = [
     "RolloutConfig",
     "RolloutStatus",
     "RunError",
+    "Span",
     "StoreError",
     "WaitTimeout",
     "WeightSyncError",

@@ -47,8 +47,8 @@ class StoreError(RunError):
     """The store refused or failed an operation (journal not writable, corrupted, ...)."""
 
 
-class NotFound(AglError, LookupError):
-    """A rollout, attempt, resource or worker id that the store does not know."""
+class NotFound(AglError, LookupError, ValueError):
+    """A rollout, attempt, resource or worker id that the store does not know (a ValueError, as agent-lightning's is)."""
 
 
 class Conflict(AglError):

@@ -155,10 +155,17 @@ class Attempt(Record, frozen=True):
 
 
 class AttemptedRollout(Record, frozen=True):
-    """A rollout with the attempt that was just made for it, and the resources it is to use."""
+    """A rollout with an attempt of it: the one just made, or (in lists) its latest. It has the fields of its rollout, too."""
 
     rollout: Rollout
     attempt: Attempt
+
+    def __post_init__(self) -> None:
+        if self.rollout.rollout_id != self.attempt.rollout_id:
+            raise ValueError(
+                f"AttemptedRollout.attempt: expected one of rollout {self.rollout.rollout_id!r}, got one of "
+                f"{self.attempt.rollout_id!r}"
+            )
 
     @property
     def rollout_id(self) -> str:
@@ -171,6 +178,38 @@ class AttemptedRollout(Record, frozen=True):
     @property
     def input(self) -> Any:
         return self.rollout.input
+
+    @property
+    def start_time(self) -> float:
+        return self.rollout.start_time
+
+    @property
+    def end_time(self) -> float | None:
+        return self.rollout.end_time
+
+    @property
+    def mode(self) -> str | None:
+        return self.rollout.mode
+
+    @property
+    def resources_id(self) -> str | None:
+        return self.rollout.resources_id
+
+    @property
+    def status(self) -> RolloutStatus:
+        return self.rollout.status
+
+    @property
+    def config(self) -> RolloutConfig:
+        return self.rollout.config
+
+    @property
+    def metadata(self) -> dict[str, Any]:
+        return self.rollout.metadata
+
+    @property
+    def num_attempts(self) -> int:
+        return self.rollout.num_attempts
 
 
 class EnqueueRolloutRequest(Record, frozen=True):

@@ -77,7 +77,7 @@ def test_nothing_acknowledged_is_lost(killed: WholeRun) -> None:
                 attempt = await store.get_attempt(member.rollout_id, member.attempt_id)
                 assert attempt.end_reason is EndReason.OK
                 assert attempt.reward == member.reward
-                spans = await store.query_spans(member.rollout_id, member.attempt_id)
+                spans = await store.query_span_rows(member.rollout_id, member.attempt_id)
                 check_spans(attempt.num_spans, member.reward, spans)
         await core.close()
 

@@ -40,7 +40,7 @@ class Bench:
 
     @property
     def rows(self) -> list[dict[str, Any]]:
-        return asyncio.run(self.store.query_spans("ro-1"))
+        return asyncio.run(self.store.query_span_rows("ro-1"))
 
 
 def ask(text: str = "1+1?", **fields: Any) -> CallRequest:

@@ -90,7 +90,7 @@ def test_the_life_of_a_rollout() -> None:
         (final,) = await store.wait_for_rollouts(rollout_ids=[rollout.rollout_id])
         assert final.status is RolloutStatus.SUCCEEDED
         assert await store.get_latest_attempt(rollout.rollout_id) == ended
-        assert [row["name"] for row in await store.query_spans(rollout.rollout_id, "latest")] == [
+        assert [one.name for one in await store.query_spans(rollout.rollout_id, "latest")] == [
             "a",
             "b",
         ]
@@ -289,7 +289,7 @@ def test_a_restart_restores_everything_acknowledged(tmp_path: Path) -> None:
         keys = [ids(one) for many in attempts.values() for one in many]
         counts = await store.statistics()
         return {
-            "rollouts": rollouts,
+            "rollouts": [await store.get_rollout_by_id(one.rollout_id) for one in rollouts],
             "attempts": {
                 name: [
                     one.__class__(
@@ -505,8 +505,8 @@ def test_queries() -> None:
         queued = await store.query_rollouts(status_in=[RolloutStatus.QUEUING], limit=2, offset=1)
         assert [one.input for one in queued] == [3, 4]
         picked = await store.query_rollouts(rollout_id_in=[names[4], "ro-x", names[0]])
-        assert [one.input for one in picked] == [4, 0]
-        assert await store.query_rollouts(limit=0) == []
+        assert [one.input for one in picked] == [0, 4]
+        assert list(await store.query_rollouts(limit=0)) == []
         assert await store.get_attempts(names) == []
         assert await store.get_rollout_by_id("ro-x") is None
         assert await store.get_latest_attempt("ro-x") is None

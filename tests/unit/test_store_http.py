@@ -83,7 +83,7 @@ def test_a_whole_flow() -> None:
         key = (taken.rollout_id, taken.attempt_id)
         assert await store.add_spans(*key, spans_of(*key, 3)) == [1, 2, 3]
         rows = await store.query_spans(taken.rollout_id)
-        assert [row["attributes"]["number"] for row in rows] == [0, 1, 2]
+        assert [one.attributes["number"] for one in rows] == [0, 1, 2]
         table = await store.read_spans([key])
         assert table.column("response_ids").to_pylist() == [[1, 2, 3]] * 3
         ended = await store.end_attempt(*key, EndReason.OK, reward=0.5, expected_spans=3)
