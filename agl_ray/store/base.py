@@ -12,12 +12,15 @@ import asyncio
 import logging
 import time
 from collections.abc import Callable, Sequence
-from concurrent.futures import ThreadPoolExecutor
 from typing import Any, Self, TypeVar
 
 from agl_ray.store.cache import PayloadCache
-from agl_ray.store.journal import GroupCommit, Journal, Row, SpanRow, open_journal, row_of
+from agl_ray.store.journals.base import Journal, Query, Row, SpanRow
+from agl_ray.store.journals.group_commit import GroupCommit
+from agl_ray.store.journals.opening import open_journal
+from agl_ray.store.journals.settings import JournalSettings
 from agl_ray.store.machine import Machine
+from agl_ray.store.rows import TYPES, record_of, row_of
 from agl_ray.store.state import Change, Snapshot
 from agl_ray.store.waiting import FinalWaiters, QueueWaiters, SpanWaiters
 from agl_ray.types import AglError, Conflict, StoreError
@@ -58,7 +61,6 @@ class CoreBase:
         self._starts = snapshot.starts
         self._journal = journal
         self._group = GroupCommit(journal, self.loop, self._fail)
-        self._reader = ThreadPoolExecutor(1, thread_name_prefix="store-reader")
         self._cache = PayloadCache(int(cache_mib * 2**20))
         self._span_seconds = span_seconds
         self._takers, self._finals, self._ends = QueueWaiters(), FinalWaiters(), SpanWaiters()
@@ -76,11 +78,12 @@ class CoreBase:
         cache_mib: float = 256.0,
         span_seconds: float = 5.0,
         must_exist: bool = False,
+        settings: JournalSettings | None = None,
     ) -> Self:
         """Open the journal at `url` and restore what it holds. StoreError says what is wrong with it."""
-        journal = open_journal(url, must_exist=must_exist)
+        journal = open_journal(url, settings)
         try:
-            snapshot = await asyncio.to_thread(journal.load)
+            snapshot = await _snapshot(journal, must_exist)
             return cls(
                 url,
                 journal,
@@ -90,10 +93,10 @@ class CoreBase:
                 span_seconds=span_seconds,
             )
         except Conflict as error:
-            journal.close()
+            await journal.close()
             raise StoreError(f"store journal {url}: damaged: {error}") from error
         except BaseException:
-            journal.close()
+            await journal.close()
             raise
 
     async def close(self) -> None:
@@ -102,8 +105,7 @@ class CoreBase:
         if self.failure is None:
             self._fail(StoreError(f"store {self.url}: it was shut down"))
         await self._group.close()
-        self._reader.shutdown(wait=True)
-        await asyncio.to_thread(self._journal.close)
+        await self._journal.close()
 
     def now(self) -> float:
         return self._offset + time.monotonic()
@@ -140,7 +142,7 @@ class CoreBase:
         if not changes and not spans:
             return self._group.pending()
         try:
-            rows = [row_of(kind, key, change) for (kind, key), change in changes.items()]
+            rows = [row_of(kind, key, *change) for (kind, key), change in changes.items()]
         except (TypeError, ValueError) as error:
             self._fail(StoreError(f"store {self.url}: a record cannot be written: {error}"))
             raise self._failure() from error
@@ -190,3 +192,27 @@ class CoreBase:
     def _clock_ended(self, clock: asyncio.Task[None]) -> None:
         if not clock.cancelled() and (error := clock.exception()) is not None:
             self._fail(StoreError(f"store {self.url}: its clock stopped: {error!r}"))
+
+
+async def _snapshot(journal: Journal, must_exist: bool) -> Snapshot:
+    live = await journal.open(must_exist=must_exist)
+
+    async def every(kind: str, order: str = "position") -> list[Row]:
+        return (await journal.query(Query(kind, order_by=order))).rows
+
+    rollouts = await every("rollout", "created")
+    spans = await journal.span_totals([row.key for row in rollouts])
+    return Snapshot(
+        rollouts=[
+            (row.columns[0], row.position, record_of(row, TYPES["rollout"])) for row in rollouts
+        ],
+        attempts=[record_of(row, TYPES["attempt"]) for row in await every("attempt")],
+        resources=[
+            (row.position, record_of(row, TYPES["resources"])) for row in await every("resources")
+        ],
+        workers=[record_of(row, TYPES["worker"]) for row in live.workers],
+        values={row.key: row.body for row in await every("state")},
+        spans=spans,
+        batches=live.open_batches,
+        starts=live.starts,
+    )

@@ -9,8 +9,7 @@ from __future__ import annotations
 from collections import OrderedDict
 from collections.abc import Sequence
 
-from agl_ray.store.journal import SpanRow
-from agl_ray.store.state import AttemptKey
+from agl_ray.store.journals.base import AttemptKey, SpanRow
 
 
 class PayloadCache:

@@ -8,11 +8,10 @@ tests/unit/test_store_core.py.
 
 from __future__ import annotations
 
-import functools
 from collections.abc import Sequence
 from typing import Any
 
-from agl_ray.store.journal import SpanRow
+from agl_ray.store.journals.base import SpanRow
 from agl_ray.store.payload import Payloads, join
 from agl_ray.store.reads import Reads
 from agl_ray.store.state import AttemptKey, BatchEntry
@@ -171,8 +170,7 @@ class StoreCore(Reads):
         """Spans of an attempt that has ended: kept, and a repetition is looked up in the journal, one at a time."""
         async with self._late:
             await self._committed(None)
-            find = functools.partial(self._journal.find_batch, item[:2], item[2])
-            found = await self.loop.run_in_executor(self._reader, find)
+            found = await self._journal.find_batch(item[:2], item[2])
             self._check()
             if found is not None:
                 return found
@@ -193,9 +191,8 @@ class StoreCore(Reads):
 
     async def _read_back(self, keys: Sequence[AttemptKey]) -> dict[AttemptKey, list[SpanRow]]:
         """From the journal into the cache."""
-        read = functools.partial(self._journal.payloads, keys)
         found: dict[AttemptKey, list[SpanRow]] = {key: [] for key in keys}
-        for row in await self.loop.run_in_executor(self._reader, read):
+        for row in await self._journal.payloads(keys):
             found[row.key].append(row)
         for key, rows in found.items():
             if sum(row.number for row in rows) == self.machine.state.attempt(*key).num_spans:

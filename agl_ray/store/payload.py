@@ -3,7 +3,7 @@
 The schema message of SPAN_SCHEMA is 2 KB and the same for everybody, so a payload is the record-batch message alone; the
 journal notes the schema's fingerprint once and refuses another. Sequence ids are not in the payload (the store
 gives them out after it was made): `table_of` fills them in.
-Who calls it: `agl_ray.store.client` (both ways), `agl_ray.store.sqlite` (fingerprint). Test alone: tests/unit/test_store_payload.py.
+Who calls it: `agl_ray.store.client` (both ways), `agl_ray.store.journals` (fingerprint). Test alone: tests/unit/test_store_payload.py.
 """
 
 from __future__ import annotations
@@ -17,8 +17,7 @@ import numpy as np
 import pyarrow as pa
 
 from agl_ray.spans import SPAN_SCHEMA, batch_from_ipc
-from agl_ray.store.journal import SpanRow
-from agl_ray.store.state import AttemptKey
+from agl_ray.store.journals.base import AttemptKey, SpanRow
 from agl_ray.types import InputError, StoreError
 
 SCHEMA_PRINT = hashlib.sha256(SPAN_SCHEMA.to_string().encode()).hexdigest()[:16]

@@ -9,8 +9,11 @@ from __future__ import annotations
 
 from collections import Counter, OrderedDict
 from collections.abc import Iterable
-from typing import Any, NamedTuple, TypeAlias
+from typing import Any, NamedTuple
 
+from agl_ray.store.journals.base import AttemptKey as AttemptKey
+from agl_ray.store.journals.base import BatchEntry as BatchEntry
+from agl_ray.store.journals.base import SpanTotals
 from agl_ray.types import (
     Attempt,
     Conflict,
@@ -23,9 +26,6 @@ from agl_ray.types import (
     replace,
 )
 
-AttemptKey: TypeAlias = tuple[str, str]
-"""(rollout_id, attempt_id)"""
-
 REQUEST_ID = "request_id"
 """Key in `Attempt.metadata` of the dequeue or start call that made the attempt: a repeated call finds its attempts."""
 
@@ -35,28 +35,13 @@ class Change(NamedTuple):
 
     position: int
     record: Any  # a Record, or bytes for kind `state`
-
-
-class SpanTotals(NamedTuple):
-    """What is known of an attempt's spans without reading them."""
-
-    key: AttemptKey
-    number: int
-    last: int  # highest sequence id
-    size: int  # payload bytes
-
-
-class BatchEntry(NamedTuple):
-    """Where a batch of spans was put: sequence ids first .. first + number - 1."""
-
-    first: int
-    number: int
+    created: int = 0  # of a rollout
 
 
 class Snapshot(NamedTuple):
     """Everything that a journal holds, as `State.restore` takes it: rollouts in order of creation, the rest by position."""
 
-    rollouts: list[tuple[int, Rollout]] = []
+    rollouts: list[tuple[int, int, Rollout]] = []  # created, position
     attempts: list[Attempt] = []
     resources: list[tuple[int, ResourcesUpdate]] = []
     workers: list[Worker] = []
@@ -82,6 +67,7 @@ class State:
         self.requests: dict[str, list[AttemptKey]] = {}  # of open attempts
         self.batches: dict[AttemptKey, dict[str, BatchEntry]] = {}  # of open attempts
         self.last_sequence: dict[str, int] = {}
+        self.created: dict[str, int] = {}
         self.position = 0
         self.rollouts_by_status: Counter[str] = Counter()
         self.attempts_by_reason: Counter[str] = Counter()
@@ -137,13 +123,15 @@ class State:
         before = self.rollouts.get(key)
         if before is not None:
             self.rollouts_by_status[before.status] -= 1
+        else:
+            self.created[key] = len(self.created) + 1
         self.rollouts_by_status[rollout.status] += 1
         self.rollouts[key] = rollout
         if not rollout.status.waiting:
             self.queue.pop(key, None)
         elif key not in self.queue:
             self.queue[key] = self.next_position()
-        self.changes["rollout", key] = Change(self.queue.get(key, 0), rollout)
+        self.changes["rollout", key] = Change(self.queue.get(key, 0), rollout, self.created[key])
         return rollout
 
     def put_attempt(self, attempt: Attempt, *, durable: bool = True) -> Attempt:
@@ -228,7 +216,8 @@ class State:
         """Fill an empty state from a journal; nothing is noted as changed."""
         totals = {row.key: row for row in snapshot.spans}
         waiting: list[tuple[int, str]] = []
-        for position, rollout in snapshot.rollouts:
+        for created, position, rollout in snapshot.rollouts:
+            self.created[rollout.rollout_id] = created
             self.rollouts[rollout.rollout_id] = rollout
             self.rollouts_by_status[rollout.status] += 1
             if rollout.status.waiting:

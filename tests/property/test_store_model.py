@@ -73,7 +73,7 @@ class StoreMachine(RuleBasedStateMachine):
 
     def keep(self) -> None:
         """What the journal would hold now."""
-        for name, (place, record) in self.machine.state.drain().items():
+        for name, (place, record, _) in self.machine.state.drain().items():
             self.journal[name] = (place, record)
 
     def open_keys(self) -> list[tuple[str, str]]:
@@ -288,7 +288,9 @@ class StoreMachine(RuleBasedStateMachine):
         self.machine = Machine(lease_seconds=LEASE)
         self.machine.restore(
             Snapshot(
-                rollouts=sorted(rows["rollout"], key=lambda row: created[row[1].rollout_id]),
+                rollouts=sorted(
+                    (created[record.rollout_id], place, record) for place, record in rows["rollout"]
+                ),
                 attempts=[record for _, record in sorted(rows["attempt"], key=lambda row: row[0])],
                 workers=[record for _, record in rows["worker"]],
                 spans=spans,

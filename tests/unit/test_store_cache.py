@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from agl_ray.store.cache import PayloadCache
-from agl_ray.store.journal import SpanRow
+from agl_ray.store.journals.base import SpanRow
 
 
 def row(attempt: str, first: int, size: int = 10, number: int = 1) -> SpanRow:

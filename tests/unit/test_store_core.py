@@ -12,7 +12,7 @@ import pytest
 
 from agl_ray.spans import SPAN_SCHEMA, span_batch
 from agl_ray.store import LightningStore, StoreCore, base
-from agl_ray.store.sqlite import SqliteJournal
+from agl_ray.store.journals.sqlite import SqliteJournal
 from agl_ray.types import (
     LLM,
     AttemptStatus,
@@ -396,7 +396,7 @@ def test_a_failed_commit_ends_the_core_and_the_journal_tells_the_truth(
         blocked = asyncio.create_task(store.dequeue_rollout(wait_seconds=3600))
         await turn()
 
-        def full(*_: object) -> None:
+        async def full(*_: object) -> None:
             raise StoreError("store journal x: cannot write it: disk is full")
 
         monkeypatch.setattr(core._journal, "write", full)

@@ -6,7 +6,7 @@ import pyarrow as pa
 import pytest
 
 from agl_ray.spans import SPAN_SCHEMA, batch_to_ipc, span_batch
-from agl_ray.store.journal import SpanRow
+from agl_ray.store.journals.base import SpanRow
 from agl_ray.store.payload import join, pack, rows_of, table_of
 from agl_ray.types import InputError, StoreError
 

@@ -1,0 +1,85 @@
+"""A `Query` as SQLite's SELECT statements.
+
+What it is: `selects(query)`, the one or two statements whose rows, one after the other, are the answer; `counting(query)`. Two, because
+an index is walked from a given place only where the place is a range of it: rows whose sort column is empty, and the others,
+are two ranges. So a page costs the same wherever it begins.
+Who calls it: `journals.sqlite`. Test alone: tests/unit/test_store_journal_contract.py.
+"""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Iterator
+from typing import Any
+
+from agl_ray.store.journals.base import COLUMNS, Condition, Query
+from agl_ray.store.journals.sqlite_schema import NEVER_EMPTY
+
+Statement = tuple[str, list[Any]]
+
+
+def counting(query: Query) -> Statement:
+    """How many rows match, before any paging."""
+    where, values = _conditions(query)
+    return f"SELECT COUNT(*) FROM {query.kind}{_where(where)}", values
+
+
+def selects(query: Query) -> Iterator[Statement]:
+    """Statements without LIMIT; rows are (key, position, columns..., body)."""
+    fields = ", ".join(["key", "position", *COLUMNS[query.kind], "body"])
+    where, values = _conditions(query)
+    way = "DESC" if query.descending else "ASC"
+    order = f"{query.order_by} {way}, key {way}" if query.order_by != "key" else f"key {way}"
+    for part, part_values in _parts(query):
+        conditions = [*where, part] if part else where
+        text = f"SELECT {fields} FROM {query.kind}{_where(conditions)} ORDER BY {order}"
+        yield text, [*values, *part_values]
+
+
+def _parts(query: Query) -> list[tuple[str, list[Any]]]:
+    """The ranges behind `query.after`, in order."""
+    by, than = query.order_by, "<" if query.descending else ">"
+    if query.after is None:
+        return [("", [])]
+    value, key = query.after
+    if by == "key":
+        return [(f"key {than} ?", [key])]
+    behind = (f"({by}, key) {than} (?, ?)", [value, key])
+    if by in NEVER_EMPTY:
+        return [behind]
+    behind_empty = (f"{by} IS NULL AND key {than} ?", [key])
+    if query.descending:
+        return [behind_empty] if value is None else [behind, (f"{by} IS NULL", [])]
+    return [behind_empty, (f"{by} IS NOT NULL", [])] if value is None else [behind]
+
+
+def _conditions(query: Query) -> tuple[list[str], list[Any]]:
+    texts, values = [], []
+    for condition in query.must:
+        text, more = _condition(condition)
+        texts.append(text)
+        values += more
+    alternatives = [_condition(condition) for condition in query.where]
+    if alternatives:
+        word = " OR " if query.any_of else " AND "
+        texts.append("(" + word.join(text for text, _ in alternatives) + ")")
+        values += [value for _, more in alternatives for value in more]
+    return texts, values
+
+
+def _condition(condition: Condition) -> tuple[str, list[Any]]:
+    field = condition.field
+    if condition.is_in is None:
+        return f"instr({field}, ?) > 0", [condition.contains]
+    given = [value for value in condition.is_in if value is not None]
+    texts = [f"{field} IS NULL"] if len(given) < len(condition.is_in) else []
+    if len(given) == 1:
+        texts.append(f"{field} = ?")
+    elif given:
+        texts.append(f"{field} IN (SELECT value FROM json_each(?))")
+        given = [json.dumps(given)]  # one parameter, however many values
+    return "(" + (" OR ".join(texts) or "0") + ")", given
+
+
+def _where(conditions: list[str]) -> str:
+    return " WHERE " + " AND ".join(conditions) if conditions else ""
