@@ -25,6 +25,7 @@ from agl_ray.types import (
     EndReason,
     EnqueueRolloutRequest,
     InputError,
+    NotFound,
     RolloutConfig,
     RolloutStatus,
     StoreError,
@@ -345,3 +346,35 @@ def test_bad_bodies_are_answers() -> None:
 
     with served() as server:
         asyncio.run(check(server.url))
+
+
+def test_many_commands_in_one_request() -> None:
+    """Each has its own result or error; what cannot be read is an error of its own."""
+
+    async def flow(store: LightningStore) -> None:
+        transport = typing.cast(HttpTransport, store.transport)
+        rollout = await store.enqueue_rollout("x")
+        commands: list[tuple[str, tuple[Any, ...]]] = [
+            ("get_rollout", (rollout.rollout_id,)),
+            ("get_attempt", ("ro-none", "at-none")),
+            ("get_rollout", ("ro-none",)),
+            ("get_rollout", (1,)),
+            ("put_state", ("key", b"\x00")),
+        ]
+        found, missing, nothing, unread, none = await transport.call_many(commands, seconds=5)
+        assert (found, nothing, none) == (rollout, None, None)
+        assert isinstance(missing, NotFound)
+        assert isinstance(unread, InputError)
+        assert await store.get_state("key") == b"\x00"
+        both = await asyncio.gather(
+            *(store.enqueue_rollout(one) for one in range(50)),
+            *(store.get_attempt(rollout.rollout_id, f"at-{one}") for one in range(50)),
+            return_exceptions=True,
+        )
+        assert [one.input for one in both[:50] if not isinstance(one, BaseException)] == [
+            *range(50)
+        ]
+        assert [f"at-{one}" in str(error) for one, error in enumerate(both[50:])] == [True] * 50
+
+    with served() as server:
+        asyncio.run(flow(server.client()))

@@ -1,6 +1,6 @@
 """All doors of a store as one ASGI application.
 
-    /v1/agl/call/{command}   our own client (rpc.py)
+    /v1/agl/call/{command}, /v1/agl/calls   our own client (rpc.py)
 
 What it is: the way from a path to its door, and the API key. The paths are whole (`/v1/...`) wherever the application is mounted.
 Who calls it: `actors/store_door.py` (Ray Serve), `agl_ray/cli/store_serve.py` (uvicorn). Test alone: tests/unit/test_store_http.py.
@@ -8,12 +8,14 @@ Who calls it: `actors/store_door.py` (Ray Serve), `agl_ray/cli/store_serve.py` (
 
 from __future__ import annotations
 
+import asyncio
 import hmac
 import logging
 
 from agl_ray.store.client import LightningStore
 from agl_ray.store.doors import rpc
-from agl_ray.store.doors.asgi import App, Receive, Scope, Send, error_body, respond
+from agl_ray.store.doors.asgi import App, Message, Receive, Scope, Send, error_body, respond
+from agl_ray.store.transport import GatheringTransport
 
 log = logging.getLogger("agl_ray.store")
 
@@ -22,7 +24,11 @@ OPEN_PATHS = frozenset({"/v1/agl/health", "/healthz"})  # answered without a key
 
 def store_app(store: LightningStore, *, api_key: str | None = None) -> App:
     """The doors of `store`. api_key: what callers must show as `Authorization: Bearer KEY` or `x-api-key: KEY`; None: nothing."""
-    return _Doors([(rpc.PATH, rpc.CallRoute(store.transport))], api_key)
+    transport = store.transport
+    if not isinstance(transport, GatheringTransport):
+        raise TypeError(f"{type(transport).__name__}: expected a transport with call_many")
+    calls = rpc.CallRoute(transport)
+    return _Doors([(rpc.ONE, calls), (rpc.MANY, calls)], api_key)
 
 
 class _Doors:
@@ -46,7 +52,7 @@ class _Doors:
             return
         for start, app in self._doors:
             if path.startswith(start):
-                await app(scope, receive, send)
+                await _answered(app, scope, receive, send)
                 return
         await respond(send, 404, error_body("NotFound", f"{path}: nothing is there"))
 
@@ -60,6 +66,23 @@ class _Doors:
             shown.append(token.strip())
         fits = [hmac.compare_digest(one, self._key) for one in shown]
         return any(fits)
+
+
+async def _answered(app: App, scope: Scope, receive: Receive, send: Send) -> None:
+    """Run `app`; where the server ends meanwhile and cancels it, the caller is told to ask again."""
+    started = False
+
+    async def note(message: Message) -> None:
+        nonlocal started
+        started = True
+        await send(message)
+
+    try:
+        await app(scope, receive, note)
+    except asyncio.CancelledError:
+        if not started:
+            await respond(send, 503, error_body("StoreAway", "the store is being ended"))
+        raise
 
 
 def _with_whole_path(scope: Scope) -> Scope:

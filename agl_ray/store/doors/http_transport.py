@@ -9,8 +9,9 @@ Who calls it: `LightningStore.http`. Test alone: tests/unit/test_store_http.py.
 from __future__ import annotations
 
 import asyncio
+import contextlib
 import io
-from collections.abc import AsyncGenerator
+from collections.abc import AsyncGenerator, Iterator, Sequence
 from typing import Any
 from urllib.parse import urlsplit
 
@@ -19,9 +20,10 @@ import msgspec
 
 from agl_ray import waits
 from agl_ray.store.doors import wire
-from agl_ray.store.doors.rpc import MSGPACK, PATH
+from agl_ray.store.doors.rpc import MANY, MSGPACK, ONE
+from agl_ray.store.lane import Command
 from agl_ray.store.transport import StoreAway
-from agl_ray.types import Conflict, InputError, NotFound, StoreError
+from agl_ray.types import Conflict, InputError, StoreError
 
 CONNECT_SECONDS = 5.0
 KEEP_ALIVE_SECONDS = 15.0  # idle connections; shorter than any server's own limit that we know of
@@ -43,34 +45,52 @@ class HttpTransport:
     def __reduce__(self) -> Any:
         return (HttpTransport, (self.base_url, self._api_key))
 
+    def gathers(self) -> bool:
+        return True
+
     async def call(self, command: str, *arguments: Any, seconds: float) -> Any:
         """Raises the store's own error; StoreAway where no answer came; StoreError where something else answers there."""
         if command == "close":
             raise Conflict(
                 f"store at {self.base_url}: it is ended by whoever started it, not over HTTP"
             )
-        known = wire.commands().get(command)
-        if known is None:
-            raise NotFound(f"command {command!r}: the store has none of that name")
-        body = wire.encode_call(command, arguments, seconds)
-        on = f"the store at {self.base_url} to answer {command}"
-        answer = self._post(command, body)
+        known = wire.command_of(command)
+        content = await self._answer(
+            ONE + command, command, wire.encode_call(command, arguments, seconds), seconds
+        )
+        with self._understood(command):
+            return wire.decode_answer(known, content)
+
+    async def call_many(self, commands: Sequence[Command], *, seconds: float) -> list[Any]:
+        """Per command its result or its error, in one request."""
+        words = f"{commands[0][0]} and {len(commands) - 1} more"
+        content = await self._answer(MANY, words, wire.encode_calls(commands, seconds), seconds)
+        with self._understood(words):
+            return wire.decode_answers([name for name, _ in commands], content)
+
+    async def _answer(self, path: str, words: str, body: bytes, seconds: float) -> bytes:
+        on = f"the store at {self.base_url} to answer {words}"
+        answer = self._post(path, body)
         status, kind, content = await waits.wait(answer, on=on, seconds=seconds + ANSWER_SECONDS)
         if kind != MSGPACK:
             raise self._no_store(status, content)
+        return content
+
+    @contextlib.contextmanager
+    def _understood(self, words: str) -> Iterator[None]:
         try:
-            return wire.decode_answer(known, content)
+            yield
         except msgspec.MsgspecError as error:
             raise StoreError(
-                f"store at {self.base_url}: its answer to {command} is not understood ({error}); "
+                f"store at {self.base_url}: its answer to {words} is not understood ({error}); "
                 "are both sides of one version?"
             ) from error
 
-    async def _post(self, command: str, body: bytes) -> tuple[int, str, bytes]:
+    async def _post(self, path: str, body: bytes) -> tuple[int, str, bytes]:
         session = await self._session()
         data = io.BytesIO(body) if len(body) > LARGE else body
         try:
-            async with session.post(self.base_url + PATH + command, data=data) as answer:
+            async with session.post(self.base_url + path, data=data) as answer:
                 return answer.status, answer.content_type, await answer.read()
         except (aiohttp.ClientConnectionError, aiohttp.ClientPayloadError) as error:
             raise StoreAway(f"{self.base_url}: {error or type(error).__name__}") from error

@@ -1,15 +1,19 @@
 """The call route: every command of the store over one POST, for our own client.
 
-    POST /v1/agl/call/{command}    msgpack, see agl_ray.store.doors.wire
+    POST /v1/agl/call/{command}    one command       msgpack both ways, see agl_ray.store.doors.wire
+    POST /v1/agl/calls             many at once
 
 A blocking command is a long poll; when its caller goes away it is cancelled, so that nobody who has left is given work. A store that
-restarts is answered as `StoreAway`: the client repeats with the same ids.
+restarts is answered as `StoreAway`: the client repeats with the same ids. Commands of several callers travel on together where
+the store is another process.
 Who calls it: `agl_ray.store.doors.app`. Test alone: tests/unit/test_store_http.py.
 """
 
 from __future__ import annotations
 
 import logging
+from collections.abc import Awaitable, Sequence
+from typing import Any
 
 from agl_ray.store.doors import wire
 from agl_ray.store.doors.asgi import (
@@ -23,50 +27,67 @@ from agl_ray.store.doors.asgi import (
     status_of,
     unless_gone,
 )
-from agl_ray.store.transport import StoreAway, Transport
-from agl_ray.types import AglError, NotFound
+from agl_ray.store.lane import ALONE, Lanes
+from agl_ray.store.lane import Command as Given
+from agl_ray.store.transport import GatheringTransport, StoreAway
+from agl_ray.types import AglError, InputError
 
 log = logging.getLogger("agl_ray.store")
 
-PATH = "/v1/agl/call/"
+ONE, MANY = "/v1/agl/call/", "/v1/agl/calls"
 MSGPACK = "application/msgpack"
+LANE_SECONDS = 60.0  # for the store's answer to commands of several callers
 
 
 class CallRoute:
     """ASGI application over a transport; `max_body` bounds a request in bytes."""
 
-    def __init__(self, transport: Transport, max_body: int = MAX_BODY) -> None:
+    def __init__(self, transport: GatheringTransport, max_body: int = MAX_BODY) -> None:
         self._transport, self._max_body = transport, max_body
+        self._lanes = Lanes(self._send)
 
     async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
-        name = scope["path"].removeprefix(PATH)
+        path = scope["path"]
         try:
-            status, answer = await self._answer(name, scope["method"], receive)
+            if scope["method"] != "POST":
+                raise InputError(f"{path}: expected POST, got {scope['method']}")
+            status, answer = 200, await self._answer(path, receive)
+        except (AglError, StoreAway) as error:
+            status, answer = status_of(error), wire.encode_error(error)
         except Gone:
-            log.info("the caller of %s went away", name)
+            log.info("the caller of %s went away", path)
             return
+        except Exception as error:
+            log.exception("%s failed in the store", path)
+            status, answer = 500, wire.encode_error(error)
         await respond(send, status, answer, MSGPACK)
 
-    async def _answer(self, name: str, method: str, receive: Receive) -> tuple[int, bytes]:
-        try:
-            if method != "POST":
-                return 405, wire.encode_error(
-                    NotFound(f"{PATH}{name}: expected POST, got {method}")
-                )
-            command = wire.commands().get(name)
-            if command is None:
-                raise NotFound(
-                    f"command {name!r}: this store has none of that name; are both sides of one version?"
-                )
-            body = await read_body(receive, self._max_body)
-            arguments, seconds = wire.decode_call(command, body)
+    async def _answer(self, path: str, receive: Receive) -> bytes:
+        if path == MANY:
+            calls, seconds = wire.decode_calls(await read_body(receive, self._max_body))
+            return wire.encode_answers(await self._many(calls, seconds))
+        name = path.removeprefix(ONE)
+        command = wire.command_of(name)
+        body = await read_body(receive, self._max_body)
+        arguments, seconds = wire.decode_call(command, body)
+        if command.blocks:
             work = self._transport.call(name, *arguments, seconds=seconds)
-            result = await (unless_gone(work, receive) if command.blocks else work)
-            return 200, wire.encode_result(result)
-        except (AglError, StoreAway) as error:
-            return status_of(error), wire.encode_error(error)
-        except Gone:
-            raise
-        except Exception as error:
-            log.exception("command %s failed in the store", name)
-            return 500, wire.encode_error(error)
+            return wire.encode_result(await unless_gone(work, receive))
+        return wire.encode_result(await self._one(name, arguments, seconds, len(body)))
+
+    def _one(self, name: str, arguments: list[Any], seconds: float, size: int) -> Awaitable[Any]:
+        if name in ALONE or not self._transport.gathers():
+            return self._transport.call(name, *arguments, seconds=seconds)
+        given = (name, tuple(arguments))
+        return self._lanes.call(given, given, size)
+
+    async def _send(self, given: Sequence[Given], _again: Sequence[Given]) -> Sequence[Any]:
+        return await self._transport.call_many(given, seconds=LANE_SECONDS)
+
+    async def _many(
+        self, calls: list[tuple[str, list[Any]] | AglError], seconds: float
+    ) -> list[Any]:
+        """Results and errors in the order of the calls; what could not be read is its own error."""
+        given = [(one[0], tuple(one[1])) for one in calls if not isinstance(one, AglError)]
+        found = iter(await self._transport.call_many(given, seconds=seconds) if given else [])
+        return [one if isinstance(one, AglError) else next(found) for one in calls]

@@ -1,7 +1,9 @@
 """How commands of the store travel over HTTP: msgpack both ways, typed by the signatures of `StoreCore`.
 
-    request   {"args": [...], "seconds": 60.0}
-    answer    {"ok": result}   or   {"error": {"type": "NotFound", "text": "...", "arguments": [...]}}
+    one     request   {"args": [...], "seconds": 60.0}
+            answer    {"ok": result}   or   {"error": {"type": "NotFound", "text": "...", "arguments": [...]}}
+    many    request   {"calls": [[command, [...]], ...], "seconds": 60.0}
+            answer    {"answers": [an answer as above, ...]}   or   {"error": ...}
 
 What it is: `commands()`, the table of every public coroutine of `StoreCore` with its argument and result types; the way there and
 back of what msgpack lacks (UNSET, integers beyond 64 bits, Arrow buffers, exceptions).
@@ -16,7 +18,8 @@ import inspect
 import operator
 import types
 import typing
-from typing import Any, NamedTuple, TypedDict
+from collections.abc import Sequence
+from typing import Any, NamedTuple, TypedDict, TypeVar
 
 import msgspec
 import pyarrow as pa
@@ -30,6 +33,7 @@ from agl_ray.types import (
     AglError,
     AttemptStatus,
     InputError,
+    NotFound,
     RolloutConfig,
     RolloutStatus,
     StoreError,
@@ -38,7 +42,9 @@ from agl_ray.types import (
 _UNSET, _BIG_INT = 1, 2  # codes of our msgpack extensions
 _INT_RANGE = range(-(2**63), 2**64)
 _NOT_COMMANDS = frozenset({"open", "close"})  # the life of a store is its owner's business
-_WAITS = frozenset({"wait_seconds", "timeout"})  # a command with such an argument may block
+_WAITS = frozenset(
+    {"wait_seconds", "timeout", "expected_spans"}
+)  # a command with such an argument may wait
 
 
 class Failure(msgspec.Struct, tag_field="failure", tag="error"):
@@ -55,6 +61,9 @@ class Command(NamedTuple):
     arguments: msgspec.msgpack.Decoder
     answer: msgspec.msgpack.Decoder
     blocks: bool
+
+
+R = TypeVar("R", bound="_Request | _Requests")
 
 
 class RolloutChanges(TypedDict, total=False):
@@ -87,6 +96,16 @@ _CLOSER = {
 class _Request(msgspec.Struct):
     args: msgspec.Raw
     seconds: float
+
+
+class _Requests(msgspec.Struct):
+    calls: list[tuple[str, msgspec.Raw]]
+    seconds: float
+
+
+class _Answers(msgspec.Struct):
+    answers: list[msgspec.Raw] = []
+    error: Failure | None = None
 
 
 @functools.cache
@@ -144,24 +163,67 @@ def _wire_type(kind: Any) -> Any:
 # Requests.
 
 
-def encode_call(command: str, arguments: tuple[Any, ...], seconds: float) -> bytes:
+def encode_call(command: str, arguments: Sequence[Any], seconds: float) -> bytes:
     """The body of a request. InputError where an argument cannot travel."""
+    return _encode_request(command, {"args": arguments, "seconds": seconds})
+
+
+def encode_calls(calls: Sequence[tuple[str, Sequence[Any]]], seconds: float) -> bytes:
+    """The body of a request of many commands. InputError where an argument cannot travel."""
+    names = ", ".join(sorted({name for name, _ in calls}))
+    return _encode_request(names, {"calls": calls, "seconds": seconds})
+
+
+def _encode_request(what: str, request: dict[str, Any]) -> bytes:
     try:
-        return _encode({"args": arguments, "seconds": seconds})
+        return _encode(request)
     except (TypeError, ValueError, RecursionError) as error:
-        raise InputError(f"{command}: an argument cannot be sent to the store: {error}") from error
+        raise InputError(f"{what}: an argument cannot be sent to the store: {error}") from error
+
+
+def command_of(name: str) -> Command:
+    """NotFound where there is none of that name."""
+    command = commands().get(name)
+    if command is None:
+        raise NotFound(
+            f"command {name!r}: the store has none of that name; are both sides of one version?"
+        )
+    return command
 
 
 def decode_call(command: Command, body: bytes) -> tuple[list[Any], float]:
     """(arguments, seconds that the caller waits). InputError says what does not fit."""
+    request = _decode_request(body, _Request)
+    return _arguments(command, request.args), request.seconds
+
+
+def decode_calls(body: bytes) -> tuple[list[tuple[str, list[Any]] | AglError], float]:
+    """(per command its name and arguments or what does not fit, seconds that the caller waits)."""
+    request = _decode_request(body, _Requests)
+    calls: list[tuple[str, list[Any]] | AglError] = []
+    for name, given in request.calls:
+        try:
+            calls.append((name, _arguments(command_of(name), given)))
+        except AglError as error:
+            calls.append(error)
+    return calls, request.seconds
+
+
+def _decode_request(body: bytes, kind: type[R]) -> R:
     try:
-        request = msgspec.msgpack.decode(body, type=_Request)
-        arguments = command.arguments.decode(request.args)
+        request = msgspec.msgpack.decode(body, type=kind)
     except (msgspec.MsgspecError, ValueError, RecursionError) as error:
         raise InputError(f"body of the call: {error}") from error
     if not 0 < request.seconds < float("inf"):
         raise InputError(f"seconds: expected a positive number, got {request.seconds}")
-    return list(msgspec.structs.astuple(arguments)), request.seconds
+    return request
+
+
+def _arguments(command: Command, given: msgspec.Raw) -> list[Any]:
+    try:
+        return list(msgspec.structs.astuple(command.arguments.decode(given)))
+    except (msgspec.MsgspecError, ValueError, RecursionError) as error:
+        raise InputError(f"arguments of the call: {error}") from error
 
 
 # Answers.
@@ -175,7 +237,16 @@ def encode_error(error: BaseException) -> bytes:
     return _encode({"error": failure_of(error)})
 
 
-def decode_answer(command: Command, body: bytes) -> Any:
+def encode_answers(results: Sequence[Any]) -> bytes:
+    """Of many commands: per command its result or its exception."""
+    answers = [
+        encode_error(one) if isinstance(one, BaseException) else encode_result(one)
+        for one in results
+    ]
+    return msgspec.msgpack.encode({"answers": [msgspec.Raw(one) for one in answers]})
+
+
+def decode_answer(command: Command, body: bytes | msgspec.Raw) -> Any:
     """The result, or the store's own exception raised. msgspec.MsgspecError where this is no answer of a store."""
     answer = command.answer.decode(body)
     if answer.error is not None:
@@ -186,6 +257,20 @@ def decode_answer(command: Command, body: bytes) -> Any:
     if isinstance(result, list):
         return [error_of(one) if isinstance(one, Failure) else one for one in result]
     return result
+
+
+def decode_answers(names: Sequence[str], body: bytes) -> list[Any]:
+    """Per command its result or its exception; raises what befell the request as a whole."""
+    answers = msgspec.msgpack.decode(body, type=_Answers)
+    if answers.error is not None:
+        raise error_of(answers.error)
+    found: list[Any] = []
+    for name, answer in zip(names, answers.answers, strict=True):
+        try:
+            found.append(decode_answer(command_of(name), answer))
+        except (AglError, StoreAway, TypeError) as error:
+            found.append(error)
+    return found
 
 
 def failure_of(error: BaseException) -> Failure:
