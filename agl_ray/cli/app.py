@@ -12,7 +12,7 @@ from collections.abc import Sequence
 
 import typer
 
-from agl_ray.cli import bench, check, config, train, version
+from agl_ray.cli import bench, check, config, store, train, version
 from agl_ray.types import AglError
 
 app = typer.Typer(
@@ -28,6 +28,7 @@ app.command()(train.train)
 app.command("config")(config.show)
 app.command()(check.check)
 app.add_typer(bench.app, name="bench")
+app.add_typer(store.app, name="store")
 app.command()(version.version)
 
 

@@ -49,12 +49,47 @@ def e2e(
     report(run_e2e(quick=quick, tokens=tokens or QUICK_TOKENS), json_file)
 
 
-def report(numbers: dict[str, Any], json_file: Path | None) -> None:
-    """Print the numbers, one a line, and write them to `json_file`."""
+@app.command()
+def store(
+    quick: Quick = False,
+    json_file: JsonFile = None,
+    against: Annotated[
+        str | None,
+        typer.Option(
+            "--against",
+            metavar="LIBRARY",
+            help="Measure `agentlightning` 0.3.0 too, installed by pip into an environment of its own (1 GB).",
+        ),
+    ] = None,
+    cache: Annotated[
+        Path, typer.Option("--cache", help="Folder of that environment and of the journals.")
+    ] = Path(".cache"),
+) -> None:
+    """The store: flows in process, through its actor and over HTTP; spans, bytes, memory; does its past make it slow?
+
+    \b
+    Examples:
+      agl-ray bench store --quick
+      agl-ray bench store --against agentlightning --json bench-store.json    # 100,000 calls, a million rollouts
+    """
+    from agl_ray.bench.store import run_store
+    from agl_ray.bench.store_show import show_store
+
+    if against not in (None, "agentlightning"):
+        raise typer.BadParameter(
+            f"expected agentlightning, got {against!r}", param_hint="--against"
+        )
+    numbers = run_store(quick=quick, against=against, cache=cache)
+    show_store(numbers)
+    report(numbers, json_file, shown=False)
+
+
+def report(numbers: dict[str, Any], json_file: Path | None, *, shown: bool = True) -> None:
+    """Print the numbers, one a line (`shown`), and write them to `json_file`."""
     wide = max(len(name) for name in numbers)
-    for name, value in numbers.items():
-        shown = f"{value:.4g}" if isinstance(value, float) else str(value)
-        print(f"{name:<{wide}}  {shown}")
+    for name, value in numbers.items() if shown else ():
+        text = f"{value:.4g}" if isinstance(value, float) else str(value)
+        print(f"{name:<{wide}}  {text}")
     if json_file is not None:
         json_file.write_text(json.dumps(numbers, indent=2) + "\n")
         print(f"written to {json_file}")
