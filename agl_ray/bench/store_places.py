@@ -18,6 +18,7 @@ from typing import NamedTuple
 import psutil
 
 from agl_ray.store import LightningStore, StoreCore
+from agl_ray.store.doors.http_transport import HttpTransport
 from agl_ray.types import RunError
 from agl_ray.waits import wait
 
@@ -74,7 +75,9 @@ async def over_http(url: str, cache_mib: float = 256.0) -> AsyncIterator[Place]:
         address = next((word.strip(",") for word in line.decode().split() if "http" in word), None)
         if address is None:
             raise RunError(f"agl-ray store serve did not start: {line.decode()!r}")
-        yield Place(LightningStore.http(address), server.pid)
+        transport = HttpTransport(address)
+        yield Place(LightningStore(transport), server.pid)
+        await transport.close()
     finally:
         if server.returncode is None:
             server.terminate()

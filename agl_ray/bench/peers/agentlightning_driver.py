@@ -225,7 +225,6 @@ async def in_an_actor(plan: Plan, cases: list[Case]) -> list[dict[str, float]]:
         object_store_memory=256 * 2**20,
     )
 
-    @ray.remote(num_cpus=0, max_concurrency=1000)
     class Holder:
         def __init__(self) -> None:
             self.store = agentlightning.InMemoryLightningStore()
@@ -236,7 +235,7 @@ async def in_an_actor(plan: Plan, cases: list[Case]) -> list[dict[str, float]]:
         async def call(self, name: str, arguments: tuple, named: dict) -> Any:
             return await getattr(self.store, name)(*arguments, **named)
 
-    holder = Holder.remote()
+    holder: Any = ray.remote(Holder).options(num_cpus=0, max_concurrency=1000).remote()
 
     class Proxy:
         def __getattr__(self, name: str) -> Any:
