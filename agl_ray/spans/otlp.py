@@ -33,7 +33,7 @@ TOKEN_COLUMNS = ("prompt_ids", "response_ids", "response_logprobs", "weight_vers
 _CALL_COLUMNS = ("dialect", "parent_call", "parent_tokens")
 _KIND = "SPAN_KIND_"
 _STATUS = {0: "UNSET", 1: "OK", 2: "ERROR"}
-_CODES = {name: code for code, name in _STATUS.items()}
+_CODES = {name: Status.StatusCode.ValueType(code) for code, name in _STATUS.items()}
 _INT64 = range(-(2**63), 2**63)
 _MOST_DEPTH = 200  # JSON brackets around a value; protobuf itself stops at 100
 
