@@ -40,11 +40,18 @@ from starlette.responses import Response
 from starlette.routing import Route
 
 from agl_ray.spans import span_batch
-from agl_ray.store.checks import check_id
 from agl_ray.store.client import LightningStore
 from agl_ray.store.doors import facade_events, facade_records
 from agl_ray.store.doors.asgi import App, Receive, Scope, Send, read_body
-from agl_ray.store.doors.facade_http import ModelCalls, answer, no_route, number, read, refuse
+from agl_ray.store.doors.facade_http import (
+    ModelCalls,
+    answer,
+    is_id,
+    no_route,
+    number,
+    read,
+    refuse,
+)
 from agl_ray.store.doors.facade_proxy import MODES, PATHS, Call, Pause, Proxy
 from agl_ray.store.doors.facade_records import FIRST, KEPT, NEXT, STATE_OF, State
 from agl_ray.store.doors.facade_terminal import Terminals
@@ -164,7 +171,7 @@ class Facade:
         """A rollout whose id is known is answered as it is, whatever else the request says of it."""
         items = await read(request, list[facade_records.RolloutCreate])
         asked = [facade_records.request_of(item) for item in items]
-        given = [one.rollout_id for one in asked if one.rollout_id is not None]
+        given = [one.rollout_id for one in asked if one.rollout_id and is_id(one.rollout_id)]
         known = {one.rollout_id: one for one in await self._find_many(given)}
         fresh = {one.rollout_id or place: one for place, one in enumerate(asked)}
         new = {key: one for key, one in fresh.items() if key not in known}
@@ -233,7 +240,7 @@ class Facade:
     async def _delete(self, request: Request) -> Response:
         """An unknown id is no error. What is known stays, for the store keeps what it acknowledged: 501."""
         rollout_id = request.path_params["rollout_id"]
-        if await self._store.get_rollout_by_id(rollout_id) is None:
+        if not is_id(rollout_id) or await self._store.get_rollout_by_id(rollout_id) is None:
             return Response(status_code=204)
         return answer({"detail": f"{rollout_id}: this store cannot forget a rollout"}, 501)
 
@@ -329,7 +336,9 @@ class Facade:
     # Finding.
 
     async def _find(self, rollout_id: str) -> tuple[Rollout, Attempt | None]:
-        found = await self._store.get_rollout_in_full(rollout_id)
+        found = None
+        if is_id(rollout_id):
+            found = await self._store.get_rollout_in_full(rollout_id)
         if found is None:
             raise NotFound(f"Rollout not found: {rollout_id}")
         return found[0], found[1]
@@ -342,10 +351,9 @@ class Facade:
     async def _attempt(self, rollout_id: str, called: str) -> str:
         """The attempt's own id. "0" is the latest one, which begins here where the rollout waits: whichever comes first of 1.0's
         controller (PATCH running) and its agent (an event, a model call) takes the rollout out of the queue."""
-        for name, value in (("rollout_id", rollout_id), ("attempt_id", called)):
-            check_id(name, value)  # it goes into the gateway's path
-            if not value.strip(".") or value == "latest":
-                raise NotFound(f"{name}: no record is called {value!r}")
+        for value in (rollout_id, called):  # they go into the gateway's path
+            if not is_id(value) or not value.strip(".") or value == "latest":
+                raise NotFound(f"no rollout or attempt has the id {value!r}")
         if called != FIRST:
             return called
         lock = self._begin.setdefault(rollout_id, asyncio.Lock())

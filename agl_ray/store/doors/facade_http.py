@@ -13,6 +13,7 @@ from starlette.exceptions import HTTPException
 from starlette.requests import Request
 from starlette.responses import Response
 
+from agl_ray.store.checks import check_id
 from agl_ray.store.doors.asgi import App, Gone, Receive, Scope, Send, read_body, status_of
 from agl_ray.store.doors.facade_proxy import Refused, send_answer
 from agl_ray.types import InputError
@@ -38,6 +39,15 @@ def number(request: Request, name: str, default: int) -> int:
         return int(text)
     except ValueError as error:
         raise InputError(f"{name}: expected an integer, got {text!r}") from error
+
+
+def is_id(value: str) -> bool:
+    """Whether a rollout or attempt may be called so; the store is not asked for anything else."""
+    try:
+        check_id("id", value)
+    except InputError:
+        return False
+    return True
 
 
 def answer(value: Any, status: int = 200) -> Response:

@@ -26,6 +26,8 @@ import msgspec
 import pyarrow as pa
 
 from agl_ray.spans import span_batch
+from agl_ray.spans.otel import ATTEMPT_ID, ROLLOUT_ID
+from agl_ray.store.checks import check_id
 from agl_ray.store.client import LightningStore
 from agl_ray.store.doors.asgi import (
     JSON,
@@ -181,17 +183,27 @@ def _decode(
     request = request_of(inflate(body, encoding, limit), is_json=is_json)
     parsed = rows_of_request(request)
     refused = [
-        _Refusal("ids" if one.reason.startswith("no attribute") else "span", 1, f"{one.reason}")
+        _Refusal("ids" if one.reason.startswith("no attribute") else "span", 1, one.reason)
         for one in parsed.refused
     ]
     groups: dict[AttemptKey, list[dict[str, Any]]] = {}
     for row in parsed.rows:
         groups.setdefault((row["rollout_id"], row["attempt_id"]), []).append(row)
-    late = groups.keys() & {key for key in groups if key[1] == "latest"}
-    for key in late:
-        reason = "attempt id 'latest': expected the attempt's own id"
-        refused.append(_Refusal("ids", len(groups.pop(key)), reason))
+    for key in list(groups):
+        reason = _no_id(key)
+        if reason is not None:
+            refused.append(_Refusal("ids", len(groups.pop(key)), reason))
     return [_batch(key, rows) for key, rows in groups.items()], refused
+
+
+def _no_id(key: AttemptKey) -> str | None:
+    """Why this cannot be an attempt's key, if it cannot."""
+    try:
+        check_id(ROLLOUT_ID, key[0])
+        check_id(ATTEMPT_ID, key[1])
+    except InputError as error:
+        return str(error)
+    return "attempt id 'latest': expected the attempt's own id" if key[1] == "latest" else None
 
 
 def _batch(key: AttemptKey, rows: list[dict[str, Any]]) -> _Batch:
