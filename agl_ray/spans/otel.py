@@ -59,7 +59,7 @@ _IDS = {
     "attempt_id": (ATTEMPT_ID, "agl.attempt_id"),
 }
 _ID_NAMES = frozenset(name for names in _IDS.values() for name in names)
-_LINK = re.compile(r"agentlightning\.link\.(\d+)\.key_match")
+_LINK = re.compile(r"agentlightning\.link\.(0|[1-9][0-9]{0,8})\.key_match")
 _OUR_ANSWER = "chatcmpl-"  # the gateway's response id is this and the call's span id
 _MOST_INT32, _MOST_INT64 = 2**31 - 1, 2**63 - 1
 

@@ -134,6 +134,21 @@ def test_a_reward_annotation_becomes_reward_columns() -> None:
     assert (unnamed["reward"], unnamed["reward_dimension"]) == (1.0, "primary")
 
 
+def test_odd_links_of_a_reward_name_no_call() -> None:
+    odd = {
+        f"agentlightning.link.{name}.key_match": "span_id" for name in ("007", "9" * 5000, "x", "3")
+    }
+    row = row_of_readable(sdk_span({**IDS, "agentlightning.reward.0.value": 1, **odd}))
+    assert row["reward_target"] is None
+    named = odd | {"agentlightning.link.3.value_match": "aa"}
+    assert (
+        row_of_readable(sdk_span({**IDS, "agentlightning.reward.0.value": 1, **named}))[
+            "reward_target"
+        ]
+        == "aa"
+    )
+
+
 @pytest.mark.parametrize("value", [math.nan, math.inf, "high"])
 def test_a_reward_that_is_no_number_is_refused_not_stored_as_something_else(value: Any) -> None:
     with pytest.raises(InputError, match=r"reward\.0\.value: expected a finite number"):

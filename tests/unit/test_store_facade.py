@@ -286,6 +286,23 @@ def test_our_own_runners_rollouts_are_shown_too(tmp_path: Path) -> None:
     run(tmp_path, scenario)
 
 
+def test_whoever_comes_first_begins_the_attempt_and_only_one_is_begun(tmp_path: Path) -> None:
+    async def scenario(world: World) -> None:
+        rollout_id = (await world.create())["rollout_id"]
+        posts = [world.event(rollout_id, "note", {"n": number}) for number in range(8)]
+        await asyncio.gather(world.patch(rollout_id, state="running"), *posts)
+        attempts = await world.store.query_attempts(rollout_id)
+        assert [one.num_spans for one in attempts] == [8]
+        await world.patch(rollout_id, state="succeeded")
+        # A trainer's judge may report a reward after the end.
+        await world.event(rollout_id, "reward", {"value": 0.5, "source": "judge"})
+        events = await world.call("GET", f"/api/rollouts/{rollout_id}/events")
+        assert [event["event_type"] for event in events] == ["note"] * 8 + ["reward"]
+        assert {event["attempt_id"] for event in events} == {"0"}
+
+    run(tmp_path, scenario)
+
+
 CALL = {
     "name": "model.call",
     "kind": "call",
