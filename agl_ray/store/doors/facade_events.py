@@ -169,16 +169,16 @@ def _failed(row: Mapping[str, Any]) -> dict[str, Any]:
 
 def triplets(events: Iterable[Event]) -> list[Event]:
     """The events trimmed: of a model request ids and logprobs, of a reward its value. Of several requests with one and the same
-    prompt only the last is kept: the earlier ones were retried."""
+    prompt only the last is kept, since the earlier ones were retried; those without prompt ids are all kept."""
     trimmed = [_trimmed(event) for event in events]
-    last = {
-        msgspec.json.encode(event.data["prompt_token_ids"]): place
-        for place, event in enumerate(trimmed)
-        if event.event_type == REQUEST
-    }
-    kept = set(last.values())
+    prompts = [
+        event.data["prompt_token_ids"] if event.event_type == REQUEST else [] for event in trimmed
+    ]
+    last = {msgspec.json.encode(prompt): place for place, prompt in enumerate(prompts)}
     return [
-        event for place, event in enumerate(trimmed) if event.event_type != REQUEST or place in kept
+        event
+        for place, (event, prompt) in enumerate(zip(trimmed, prompts, strict=True))
+        if not prompt or last[msgspec.json.encode(prompt)] == place
     ]
 
 
