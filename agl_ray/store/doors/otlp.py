@@ -220,14 +220,24 @@ def inflate(body: bytes, encoding: str, limit: int) -> bytes:
     """`body` decompressed. InputError where it is not what `encoding` says, TooLarge above `limit` bytes."""
     if encoding in ("identity", ""):
         return body
-    if encoding not in ("gzip", "x-gzip", "deflate"):
+    if encoding in ("gzip", "x-gzip"):
+        return _inflate(body, 31, encoding, limit)
+    if encoding != "deflate":
         raise InputError(f"content-encoding: expected gzip, deflate or none, got {encoding!r}")
-    # 47: gzip or zlib, whatever the body begins with; some send deflate without zlib's frame.
-    framed = encoding != "deflate" or (len(body) > 1 and int.from_bytes(body[:2], "big") % 31 == 0)
+    try:
+        return _inflate(body, 15, encoding, limit)
+    except TooLarge:
+        raise
+    except InputError:  # some send deflate without the frame that HTTP wants around it
+        return _inflate(body, -15, encoding, limit)
+
+
+def _inflate(body: bytes, bits: int, encoding: str, limit: int) -> bytes:
+    """`bits`: zlib's word for the frame (31: gzip, 15: zlib, -15: none)."""
     parts: list[bytes] = []
     size, rest = 0, body
     for _ in range(_MOST_MEMBERS):
-        stream = zlib.decompressobj(47 if framed else -15)
+        stream = zlib.decompressobj(bits)
         try:
             parts.append(stream.decompress(rest, limit - size + 1))
         except zlib.error as error:
