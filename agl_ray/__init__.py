@@ -25,6 +25,8 @@ _NAMES = {
     "LitAgent": "agl_ray.agents",
     "RolloutContext": "agl_ray.agents",
     "rollout": "agl_ray.agents",
+    "advantage": "agl_ray.algorithms",
+    "policy_loss": "agl_ray.algorithms",
     "emit_reward": "agl_ray.tracing",
     "LightningStore": "agl_ray.store",
     "RunConfig": "agl_ray.config",

@@ -14,7 +14,7 @@ from typing import Any
 import torch
 from learner_data import call, random_batch, table
 
-from agl_ray.algorithms.base import make_algorithm
+from agl_ray.algorithms.algorithm import make_algorithm
 from agl_ray.config.models import AlgorithmConfig, LearnerConfig
 from agl_ray.learner import fsdp
 from agl_ray.learner.prepare import lay_out

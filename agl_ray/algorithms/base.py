@@ -1,20 +1,31 @@
-"""What an algorithm is: advantages from rewards, and a loss over a stream of tokens. One file each.
+"""What an algorithm is made of: an advantage for every rollout, and a gain for every token. One file each.
 
-The learner is blind to algorithms: learner/prepare.py calls `advantages` on scalars (numpy), learner/step.py calls
-`loss` on every micro-batch (torch). Test one alone with tests/unit/test_algorithms_<name>.py. Legend: M rollouts, T tokens.
+    loss = - sum_t scale_t w_t gain_t
+
+`gain_t` comes from a policy-loss function (grpo.py, gspo.py, ...), the advantages inside it from an advantage function (grpo.py,
+rloo.py, ...), `w_t` from correction.py, `scale_t` from aggregation.py. Functions are found by name (`agl_ray.algorithms.registry`).
+Test one alone with tests/unit/test_algorithms_*.py. Legend: M rollouts, T tokens of one micro-batch, S sequences (rows) in it.
 """
 
 from __future__ import annotations
 
-from dataclasses import dataclass, field
-from typing import TYPE_CHECKING, Protocol
+from dataclasses import dataclass
+from typing import TYPE_CHECKING, NamedTuple
 
 import numpy.typing as npt
 
 if TYPE_CHECKING:
     import torch
 
-    from agl_ray.config.models import AlgorithmConfig
+
+@dataclass(frozen=True, slots=True)
+class AdvantageInputs:
+    """rewards: float64 [M]. group: int64 [M], 0 .. number of groups - 1. tokens: int64 [M], tokens that the rollout's model calls
+    produced, before anything is dropped."""
+
+    rewards: npt.NDArray
+    group: npt.NDArray
+    tokens: npt.NDArray
 
 
 @dataclass(frozen=True, slots=True)
@@ -23,8 +34,8 @@ class LossInputs:
 
     logprobs: log pi, the learner's now, with gradient. old_logprobs: log pi_old, the learner's at the start of the batch.
     engine_logprobs: log mu, the engine's that sampled. advantages: of the rollout that the token belongs to. weights: 1 where the
-    token counts, else 0 (there the other streams mean nothing but are finite).
-    denominator: what the sum over all tokens of all micro-batches of all ranks is divided by.
+    token counts, else 0 (there the other streams mean nothing but are finite). scale: what a counted token adds to the loss, over
+    all micro-batches and ranks (aggregation.py). sequence: int64 [T], the row that the token belongs to, 0 .. num_sequences - 1.
     """
 
     logprobs: torch.Tensor
@@ -32,7 +43,28 @@ class LossInputs:
     engine_logprobs: torch.Tensor
     advantages: torch.Tensor
     weights: torch.Tensor
-    denominator: float
+    scale: torch.Tensor
+    sequence: torch.Tensor
+    num_sequences: int
+
+    def over_sequences(self, values: torch.Tensor, *, mean: bool) -> torch.Tensor:
+        """[S]: the sum (or mean) of `values` [T] over the counted tokens of each sequence; 0 where a sequence has none."""
+        import torch
+
+        sums = torch.zeros(self.num_sequences, dtype=values.dtype, device=values.device)
+        sums = sums.index_add(0, self.sequence, values * self.weights)
+        if not mean:
+            return sums
+        counts = torch.zeros_like(sums).index_add(0, self.sequence, self.weights)
+        return sums / counts.clamp(min=1.0)
+
+
+class Gain(NamedTuple):
+    """gain: float32 [T] with gradient, to be raised. marks: float32 or bool [T] without gradient; their means over the counted
+    tokens are the step's metrics under these names."""
+
+    gain: torch.Tensor
+    marks: dict[str, torch.Tensor] = {}
 
 
 @dataclass(frozen=True, slots=True)
@@ -44,23 +76,4 @@ class LossOutputs:
     """
 
     loss: torch.Tensor
-    sums: dict[str, torch.Tensor] = field(default_factory=dict)
-
-
-class Algorithm(Protocol):
-    """`skip_zero_advantage`: a token of advantage 0 adds nothing to the loss, so that its row need not be run forward."""
-
-    skip_zero_advantage: bool
-
-    def advantages(self, rewards: npt.NDArray, group_index: npt.NDArray) -> npt.NDArray:
-        """rewards float64 [M], group_index int64 [M] -> advantages float64 [M]. Taken before any row is dropped."""
-        ...
-
-    def loss(self, inputs: LossInputs) -> LossOutputs: ...
-
-
-def make_algorithm(config: AlgorithmConfig) -> Algorithm:
-    """The algorithm that the configuration names."""
-    from agl_ray.algorithms.grpo import GRPO
-
-    return {"grpo": GRPO}[config.name](config)
+    sums: dict[str, torch.Tensor]

@@ -9,25 +9,10 @@ from __future__ import annotations
 from pathlib import Path
 from typing import Annotated, Literal
 
-from pydantic import BaseModel, ConfigDict, Field, model_validator
+from pydantic import Field, model_validator
 
-
-class Section(BaseModel):
-    """Base of all sections: unknown keys refused, values not coerced across types, frozen after loading."""
-
-    model_config = ConfigDict(
-        extra="forbid",
-        frozen=True,
-        use_attribute_docstrings=True,
-        validate_default=True,
-        allow_inf_nan=False,
-    )
-
-
-Positive = Annotated[int, Field(gt=0)]
-NonNegative = Annotated[int, Field(ge=0)]
-PositiveFloat = Annotated[float, Field(gt=0)]
-Fraction = Annotated[float, Field(ge=0, le=1)]
+from agl_ray.config.algorithm import AlgorithmConfig
+from agl_ray.config.section import Fraction, NonNegative, Positive, PositiveFloat, Section
 
 
 class ModelConfig(Section):
@@ -131,25 +116,6 @@ class GatewayConfig(Section):
     """Deadline of one model call, holds during weight updates included; past it the call fails as `engine_error`."""
     proxy: Literal["haproxy", "serve"] = "haproxy"
     """Ray Serve's front proxy: HAProxy (6x the requests/s) or Serve's own."""
-
-
-class AlgorithmConfig(Section):
-    name: Literal["grpo"] = "grpo"
-    """The algorithm; one file each in agl_ray/algorithms."""
-    clip_low: PositiveFloat = 0.2
-    """Lower clip of the probability ratio (1 - clip_low). Acts only with several updates per batch (`learner.minibatches`)."""
-    clip_high: PositiveFloat = 0.28
-    """Upper clip (1 + clip_high), DAPO's clip-higher."""
-    correction: Literal["none", "tis", "icepop"] = "icepop"
-    """Weight for the learner/engine mismatch k = pi_old / mu: TIS min(k, tis_cap); IcePop k inside the band, else 0."""
-    tis_cap: PositiveFloat = 2.0
-    """Cap of TIS."""
-    icepop_low: PositiveFloat = 0.5
-    """Lower end of IcePop's band."""
-    icepop_high: PositiveFloat = 5.0
-    """Upper end of IcePop's band."""
-    std_normalize: bool = False
-    """Divide the advantage by the group's standard deviation (the original GRPO); False = mean-centred only (Dr.GRPO)."""
 
 
 class LearnerConfig(Section):
@@ -256,8 +222,6 @@ class RunConfig(Section):
             raise ValueError(
                 f"rollout.max_tokens ({self.rollout.max_tokens}) leaves no room for a prompt in engine.max_model_len ({self.engine.max_model_len})"
             )
-        if self.algorithm.icepop_low >= self.algorithm.icepop_high:
-            raise ValueError("algorithm.icepop_low must be below algorithm.icepop_high")
         if self.weights.transport == "nccl" and not (
             self.engine.num_gpus and self.learner.num_gpus
         ):

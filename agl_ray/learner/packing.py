@@ -46,6 +46,11 @@ class Packed:
     def num_tokens(self) -> int:
         return self.input_ids.shape[1]
 
+    @property
+    def row_of_token(self) -> Array:
+        """int64 [T]: the row, counted within this micro-batch, that each token belongs to."""
+        return np.repeat(np.arange(len(self.lengths)), self.lengths)
+
 
 def pack(rows: Rows, tokens: int) -> list[Packed]:
     """All rows in micro-batches of at most `tokens` tokens; a longer row goes alone.

@@ -21,16 +21,15 @@ from agl_ray.trajectory.ragged import Array, Rows
 from agl_ray.trajectory.rows import AttemptRows, build_rows, retokenized_tokens
 
 if TYPE_CHECKING:
-    from agl_ray.algorithms.base import Algorithm
+    from agl_ray.algorithms.algorithm import Algorithm
     from agl_ray.config.models import LearnerConfig
 
 
 @dataclass(frozen=True, slots=True)
 class Update:
-    """One optimiser update on one rank: its micro-batches (as many on every rank), and the loss denominator of all ranks together."""
+    """One optimiser update on one rank: its micro-batches, as many on every rank."""
 
     micros: list[Packed]
-    denominator: float
 
 
 @dataclass(frozen=True, slots=True)
@@ -53,20 +52,25 @@ def lay_out(
 ) -> list[Payload]:
     """The payload of each rank.
 
-    spans: of the attempts of `batch.attempts`, as `store.read_spans` gives them. The loss denominator of an update is the number of
-    trained tokens of the whole batch, rows of advantage 0 included, divided by the number of updates. `seed` and the step choose which rows
-    go into which update where there are several.
+    spans: of the attempts of `batch.attempts`, as `store.read_spans` gives them. The scales of the tokens are taken over the whole batch,
+    rows of advantage 0 included, times the number of updates. `seed` and the step choose which rows go into which update where there
+    are several.
     """
     started = time.perf_counter()
     group_index = np.repeat(
         np.arange(len(batch.groups)), [len(group.members) for group in batch.groups]
     )
     rewards = np.array([member.reward for member in batch.members], np.float64)
-    advantages_M = algorithm.advantages(rewards, group_index)
     built = build_rows(spans, batch.attempts)
+    advantages_M = algorithm.advantages(
+        rewards, group_index, _tokens_of_rollouts(built, len(rewards))
+    )
     kept, stats = _drop(built, config.max_row_tokens)
-    advantages_R = advantages_M[built.attempt[kept]]
+    rollout_R = built.attempt[kept]
+    advantages_R = advantages_M[rollout_R]
     rows = built.rows.take(kept)
+    row = rows.row_of_token
+    rows = _with_streams(rows, advantages_R, algorithm.scales(rows.weights, rollout_R[row], row))
     signal = np.bincount(group_index, weights=advantages_M != 0) > 0
     stats |= {
         "groups": float(len(batch.groups)),
@@ -82,16 +86,21 @@ def lay_out(
     }
     if algorithm.skip_zero_advantage:
         chosen = np.flatnonzero(advantages_R != 0)
-        rows, advantages_R = rows.take(chosen), advantages_R[chosen]
+        rows = rows.take(chosen)
     stats |= {"rows": float(len(rows)), "tokens_forward": float(len(rows.ids))}
-    rows = _with_streams(rows, advantages_R)
     parts = _split(rows, config.minibatches, world_size, np.random.default_rng([seed, batch.step]))
-    updates = _pack_alike(rows, parts, config.tokens_per_microbatch, stats["tokens_of_batch"])
+    updates = _pack_alike(rows, parts, config.tokens_per_microbatch)
     stats["seconds_layout"] = time.perf_counter() - started
     return [
         Payload(batch.step, [update[rank] for update in updates], stats)
         for rank in range(world_size)
     ]
+
+
+def _tokens_of_rollouts(built: AttemptRows, rollouts: int) -> Array:
+    """int64 [M]: tokens that each rollout's calls produced."""
+    attempt = built.attempt[built.rows.row_of_token]
+    return np.bincount(attempt, weights=built.rows.weights, minlength=rollouts).astype(np.int64)
 
 
 def _drop(built: AttemptRows, max_row_tokens: int) -> tuple[Array, dict[str, float]]:
@@ -107,11 +116,12 @@ def _drop(built: AttemptRows, max_row_tokens: int) -> tuple[Array, dict[str, flo
     }
 
 
-def _with_streams(rows: Rows, advantages_R: Array) -> Rows:
-    """The rows with a column `advantages`, and engine log-probabilities only where a token is trained here."""
+def _with_streams(rows: Rows, advantages_R: Array, scale: Array) -> Rows:
+    """The rows with columns `advantages` and `scale`, and engine log-probabilities only where a token is trained here."""
     streams = {
         **rows.columns,
         "advantages": np.repeat(advantages_R, rows.lengths).astype(np.float32),
+        "scale": scale.astype(np.float32),
         "engine_logprobs": np.where(rows.weights > 0, rows.columns["engine_logprobs"], 0.0),
     }
     return replace(rows, columns=streams)
@@ -137,20 +147,18 @@ def _share(lengths: Array, part: Array, world_size: int) -> list[Array]:
     return [np.array(share, np.int64) for share in shares]
 
 
-def _pack_alike(
-    rows: Rows, parts: list[list[Array]], tokens: int, tokens_of_batch: float
-) -> list[list[Update]]:
-    """Updates by [update][rank]. FSDP's collectives need as many micro-batches on every rank: the missing ones count nothing."""
+def _pack_alike(rows: Rows, parts: list[list[Array]], tokens: int) -> list[list[Update]]:
+    """Updates by [update][rank]. FSDP's collectives need as many micro-batches on every rank: the missing ones count nothing.
+
+    Each of several updates has a part of the rows, so its tokens weigh that many times more."""
+    rows = replace(rows, columns={**rows.columns, "scale": rows.columns["scale"] * len(parts)})
     updates = []
     for shares in parts:
         packed = [pack(rows.take(share), tokens) if len(share) else [] for share in shares]
         most = max(len(micros) for micros in packed)
         idle = _idle(rows.take(shares[0][:1]))
         filler = pack(idle, tokens)[0]
-        denominator = tokens_of_batch / len(parts)
-        updates.append(
-            [Update(micros + [filler] * (most - len(micros)), denominator) for micros in packed]
-        )
+        updates.append([Update(micros + [filler] * (most - len(micros))) for micros in packed])
     return updates
 
 

@@ -15,7 +15,8 @@ from typing import TYPE_CHECKING
 
 import torch
 
-from agl_ray.algorithms.base import LossInputs, make_algorithm
+from agl_ray.algorithms.algorithm import make_algorithm
+from agl_ray.algorithms.base import LossInputs
 from agl_ray.learner import checkpoint, fsdp, optim
 from agl_ray.learner.export import export
 from agl_ray.learner.model import load_model
@@ -32,7 +33,7 @@ Of the update: loss, grad_norm (before clipping), lr, updates (their number; los
 clip_high_fraction, corrected_fraction (shares of the trained tokens), entropy (mean -log pi_old of the sampled tokens, nats).
 Learner against engine, on tokens made by the current version: tokens_current, max_logprob_diff (nats), engine_kl (mean k3, nats).
 max_token_age: weight versions between a token and this step. Counts: tokens_trained, tokens_forward (their context included),
-tokens_of_batch (the denominator), rows, rows_dropped_overlong, tokens_dropped_overlong, rows_dropped_empty, groups,
+tokens_of_batch (of all kept rows), rows, rows_dropped_overlong, tokens_dropped_overlong, rows_dropped_empty, groups,
 zero_signal_groups, rollouts, rollouts_without_calls, calls, calls_failed, calls_greedy, branches,
 retokenized_tokens (of all calls).
 Seconds: seconds_read (spans from the store), seconds_layout (rows, packing), seconds_old_logprobs, seconds_forward_backward, seconds_optimizer,
@@ -112,7 +113,7 @@ class Learner:
         with totals.timed("forward_backward"):
             for micro, old in zip(update.micros, olds, strict=True):
                 logprobs = self._logprobs(micro)
-                inputs = self._inputs(micro, logprobs, old, update.denominator)
+                inputs = self._inputs(micro, logprobs, old)
                 outputs = self.algorithm.loss(inputs)
                 # FSDP averages gradients over the ranks; the loss is a sum over them.
                 (outputs.loss * self.world_size).backward()
@@ -125,7 +126,7 @@ class Learner:
             self.updates += 1
 
     def _inputs(
-        self, micro: Packed, logprobs: torch.Tensor, old: torch.Tensor | None, denominator: float
+        self, micro: Packed, logprobs: torch.Tensor, old: torch.Tensor | None
     ) -> LossInputs:
         device = logprobs.device
         return LossInputs(
@@ -134,7 +135,9 @@ class Learner:
             engine_logprobs=torch.tensor(micro.columns["engine_logprobs"], device=device),
             advantages=torch.tensor(micro.columns["advantages"], device=device),
             weights=torch.tensor(micro.weights, device=device),
-            denominator=denominator,
+            scale=torch.tensor(micro.columns["scale"], device=device),
+            sequence=torch.from_numpy(micro.row_of_token).to(device),
+            num_sequences=len(micro.lengths),
         )
 
     @torch.no_grad()

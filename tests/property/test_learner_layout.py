@@ -9,7 +9,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from learner_data import random_batch
 
-from agl_ray.algorithms.base import make_algorithm
+from agl_ray.algorithms.algorithm import make_algorithm
 from agl_ray.config.models import AlgorithmConfig, LearnerConfig
 from agl_ray.learner.prepare import lay_out
 from agl_ray.trajectory.rows import build_rows
@@ -56,9 +56,14 @@ def test_every_token_with_signal_is_laid_out_once(
     assert len(shapes) == 1
     assert len(shapes.pop()) <= minibatches
     assert sum(expected.values()) <= payloads[0].stats["tokens_of_batch"]
-    for update in payloads[0].updates:
-        share = payloads[0].stats["tokens_of_batch"] / len(payloads[0].updates)
-        assert update.denominator == share
+    updates = [update for payload in payloads for update in payload.updates]
+    scale = (
+        np.float32(len(payloads[0].updates)) * np.float32(1 / payloads[0].stats["tokens_of_batch"])
+        if updates
+        else 0
+    )
+    for micro in [micro for update in updates for micro in update.micros]:
+        np.testing.assert_allclose(micro.columns["scale"][micro.weights != 0], scale, rtol=1e-6)
 
 
 def _tokens(ids: np.ndarray, weights: np.ndarray, logprobs: np.ndarray) -> list[tuple[float, ...]]:

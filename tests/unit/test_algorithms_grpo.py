@@ -1,4 +1,4 @@
-"""GRPO against a transcription of its formulas in float64 NumPy, token by token."""
+"""GRPO's advantages against a transcription in float64, and what its loss counts. The losses: test_algorithms_losses.py."""
 
 from __future__ import annotations
 
@@ -8,9 +8,10 @@ from typing import Any
 import numpy as np
 import pytest
 import torch
+from loss_streams import inputs_of, random_streams
 
-from agl_ray.algorithms.base import LossInputs, make_algorithm
-from agl_ray.algorithms.grpo import GRPO
+from agl_ray.algorithms.algorithm import make_algorithm
+from agl_ray.algorithms.base import LossInputs
 from agl_ray.config.models import AlgorithmConfig
 
 
@@ -27,12 +28,16 @@ def advantages_by_hand(rewards: np.ndarray, groups: np.ndarray, std: bool) -> li
     return out
 
 
+def normalize(std: bool) -> Any:
+    return "group" if std else "none"
+
+
 @pytest.mark.parametrize("std", [False, True])
 def test_advantages_of_ragged_groups(std: bool) -> None:
     rng = np.random.default_rng(0)
     groups = rng.integers(0, 7, 60)  # neither sorted nor of one size
     rewards = rng.normal(size=60)
-    algorithm = GRPO(AlgorithmConfig(std_normalize=std))
+    algorithm = make_algorithm(AlgorithmConfig(normalize=normalize(std)))
     got = algorithm.advantages(rewards, groups)
     np.testing.assert_allclose(got, advantages_by_hand(rewards, groups, std), rtol=0, atol=1e-12)
 
@@ -40,66 +45,18 @@ def test_advantages_of_ragged_groups(std: bool) -> None:
 @pytest.mark.parametrize("std", [False, True])
 def test_equal_rewards_give_exactly_zero(std: bool) -> None:
     rewards = np.array([0.1, 0.1, 0.1, 1.0, 0.0, 7.3])  # 0.1 * 3 / 3 is not 0.1 in floating point
-    got = GRPO(AlgorithmConfig(std_normalize=std)).advantages(rewards, np.array([0, 0, 0, 1, 1, 2]))
+    got = make_algorithm(AlgorithmConfig(normalize=normalize(std))).advantages(
+        rewards, np.array([0, 0, 0, 1, 1, 2])
+    )
     assert got[:3].tolist() == [0, 0, 0]
     assert got[5] == 0
     assert (got[3:5] != 0).all()
 
 
-def loss_by_hand(
-    streams: dict[str, np.ndarray], config: AlgorithmConfig, denominator: float
-) -> float:
-    total = 0.0
-    for now, old, engine, advantage, weight in zip(*streams.values(), strict=True):
-        ratio, k = math.exp(now - old), math.exp(old - engine)
-        clipped = min(max(ratio, 1 - config.clip_low), 1 + config.clip_high)
-        correction = 1.0
-        if config.correction == "tis":
-            correction = min(k, config.tis_cap)
-        if config.correction == "icepop":
-            correction = k if config.icepop_low <= k <= config.icepop_high else 0.0
-        total -= weight * correction * min(ratio * advantage, clipped * advantage) / denominator
-    return total
-
-
-def random_streams(seed: int, size: int = 400) -> dict[str, np.ndarray]:
-    rng = np.random.default_rng(seed)
-    old = -rng.exponential(2.0, size)
-    return {
-        "logprobs": old + 0.3 * rng.normal(size=size),
-        "old_logprobs": old,
-        "engine_logprobs": old + 1.2 * rng.normal(size=size),
-        "advantages": rng.normal(size=size),
-        "weights": rng.integers(0, 2, size).astype(float),
-    }
-
-
-@pytest.mark.parametrize("correction", ["none", "tis", "icepop"])
-@pytest.mark.parametrize("seed", [0, 1])
-def test_loss_and_gradient(correction: Any, seed: int) -> None:
-    config = AlgorithmConfig(correction=correction)
-    streams = random_streams(seed)
-    expected = loss_by_hand(streams, config, 77.0)
-    tensors = {name: torch.tensor(value, dtype=torch.float32) for name, value in streams.items()}
-    tensors["logprobs"].requires_grad_()
-    outputs = make_algorithm(config).loss(LossInputs(**tensors, denominator=77.0))
-    assert abs(outputs.loss.item() - expected) <= 1e-6 * max(1.0, abs(expected))
-    outputs.loss.backward()
-    for index in range(0, 400, 37):  # the gradient by central differences of the transcription
-        moved = []
-        for sign in (1, -1):
-            bumped = {**streams, "logprobs": streams["logprobs"].copy()}
-            bumped["logprobs"][index] += sign * 1e-6
-            moved.append(loss_by_hand(bumped, config, 77.0))
-        slope = (moved[0] - moved[1]) / 2e-6
-        assert abs(tensors["logprobs"].grad[index].item() - slope) <= 1e-6
-
-
 def test_the_counts_say_what_was_clipped_and_corrected() -> None:
     config = AlgorithmConfig(correction="icepop")
     streams = random_streams(3)
-    tensors = {name: torch.tensor(value, dtype=torch.float64) for name, value in streams.items()}
-    sums = make_algorithm(config).loss(LossInputs(**tensors, denominator=1.0)).sums
+    sums = make_algorithm(config).loss(inputs_of(streams)).sums
     on = streams["weights"] > 0
     ratio = np.exp(streams["logprobs"] - streams["old_logprobs"])[on]
     k = np.exp(streams["old_logprobs"] - streams["engine_logprobs"])[on]
@@ -117,7 +74,9 @@ def test_tokens_on_which_the_engine_is_far_off_stay_finite() -> None:
         engine_logprobs=torch.tensor([-9999.0, -0.1, -0.1]),
         advantages=torch.ones(3),
         weights=torch.ones(3),
-        denominator=3.0,
+        scale=torch.full((3,), 1 / 3),
+        sequence=torch.tensor([0, 0, 1]),
+        num_sequences=2,
     )
     outputs = make_algorithm(AlgorithmConfig(correction="icepop")).loss(inputs)
     outputs.loss.backward()

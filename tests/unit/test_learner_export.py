@@ -9,7 +9,7 @@ import torch
 from learner_data import model_folder, random_batch
 from safetensors.torch import load_file
 
-from agl_ray.algorithms.base import make_algorithm
+from agl_ray.algorithms.algorithm import make_algorithm
 from agl_ray.config.models import AlgorithmConfig, LearnerConfig
 from agl_ray.learner.prepare import lay_out
 from agl_ray.learner.step import Learner

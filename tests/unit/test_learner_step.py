@@ -12,10 +12,10 @@ import torch
 from learner_data import call, model_folder, random_batch, table
 from transformers import AutoModelForCausalLM
 
-from agl_ray.algorithms.base import make_algorithm
+from agl_ray.algorithms.algorithm import make_algorithm
 from agl_ray.config.models import AlgorithmConfig, LearnerConfig
 from agl_ray.learner.optim import learning_rate
-from agl_ray.learner.prepare import Payload, lay_out
+from agl_ray.learner.prepare import Payload, Update, lay_out
 from agl_ray.learner.step import Learner
 from agl_ray.trajectory.batch import GroupPlan, Member, TrainBatch
 from agl_ray.trajectory.rows import build_rows
@@ -121,10 +121,20 @@ def test_several_updates_make_the_ratio_move_and_share_one_scale(folder: Path) -
     learner = Learner(ALGORITHM, config, folder)
     metrics = learner.train(laid_out)
     assert (metrics["updates"], learner.updates, learner.version) == (4, 4, 1)
-    assert {update.denominator for update in laid_out.updates} == {metrics["tokens_of_batch"] / 4}
+    assert scales(laid_out.updates) == {np.float32(4 / metrics["tokens_of_batch"])}
     assert sum(len(m.rows) for u in laid_out.updates for m in u.micros) == metrics["rows"]
     assert metrics["ratio_mean"] != 1.0
     assert metrics["clip_high_fraction"] + metrics["clip_low_fraction"] > 0
+
+
+def scales(updates: list[Update]) -> set[float]:
+    """What the counted tokens of these updates add to the loss, each value once."""
+    return {
+        float(scale)
+        for update in updates
+        for micro in update.micros
+        for scale in micro.columns["scale"][micro.weights != 0]
+    }
 
 
 def zero_signal() -> tuple[Any, TrainBatch]:
@@ -159,7 +169,8 @@ def test_groups_without_signal_count_in_the_denominator_but_are_not_run(folder: 
     laid_out = payload(spans, batch, config)
     assert laid_out.stats["zero_signal_groups"] == 1
     in_forward = sum(float(m.weights.sum()) for m in laid_out.updates[0].micros)
-    assert laid_out.updates[0].denominator == laid_out.stats["tokens_of_batch"] > in_forward
+    assert laid_out.stats["tokens_of_batch"] > in_forward
+    assert scales(laid_out.updates) == {np.float32(1 / laid_out.stats["tokens_of_batch"])}
 
 
 def test_overlong_rows_are_dropped_after_the_advantages(folder: Path) -> None:
@@ -177,7 +188,7 @@ def test_overlong_rows_are_dropped_after_the_advantages(folder: Path) -> None:
     assert micro.input_ids.tolist() == [[4, 5, 6]]
     # the dropped rollout's reward is still in the baseline
     assert micro.columns["advantages"].tolist() == [-0.5, -0.5, -0.5]
-    assert laid_out.updates[0].denominator == 2
+    assert scales(laid_out.updates) == {0.5}
 
 
 def test_rollouts_without_any_token_of_the_policy_are_counted(folder: Path) -> None:

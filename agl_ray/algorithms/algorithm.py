@@ -1,0 +1,96 @@
+"""Algorithm: the switches of the configuration put together. The learner knows this class and nothing of what is inside.
+
+learner/prepare.py calls `advantages` and `scales` on the whole batch (numpy), learner/step.py calls `loss` on every micro-batch
+(torch). Test alone: tests/unit/test_algorithms_grpo.py, test_algorithms_losses.py.
+"""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import TYPE_CHECKING
+
+import numpy as np
+import numpy.typing as npt
+
+from agl_ray.algorithms.aggregation import token_scales
+from agl_ray.algorithms.base import AdvantageInputs, LossInputs, LossOutputs
+from agl_ray.algorithms.correction import correction
+from agl_ray.algorithms.registry import find_advantage, find_policy_loss
+from agl_ray.types import InputError
+
+if TYPE_CHECKING:
+    from agl_ray.config.algorithm import AlgorithmConfig
+
+TINY = 1e-6  # added to a standard deviation
+
+
+class Algorithm:
+    """`skip_zero_advantage`: a token of advantage 0 adds nothing to the loss, so that its row need not be run forward."""
+
+    skip_zero_advantage = True
+
+    def __init__(self, config: AlgorithmConfig, base: Path | None = None) -> None:
+        self.config = config
+        self._advantage = find_advantage(config.advantage, base)
+        self._gain = find_policy_loss(config.loss, base)
+
+    def advantages(
+        self, rewards: npt.NDArray, group_index: npt.NDArray, tokens: npt.NDArray | None = None
+    ) -> npt.NDArray:
+        """rewards float64 [M], group_index int64 [M], tokens int64 [M] (None: all alike) -> advantages float64 [M].
+
+        Taken before any row is dropped. InputError where a user's function gives another shape or no finite numbers.
+        """
+        rewards = np.asarray(rewards, np.float64)
+        _, group = np.unique(group_index, return_inverse=True)
+        tokens = np.ones(len(rewards), np.int64) if tokens is None else tokens
+        made = np.asarray(
+            self._advantage(AdvantageInputs(rewards, group, tokens), self.config), np.float64
+        )
+        if made.shape != rewards.shape or not np.isfinite(made).all():
+            raise InputError(
+                f"algorithm.advantage {self.config.advantage}: expected {len(rewards)} finite numbers, got shape {made.shape}"
+                f"{'' if np.isfinite(made).all() else ' with values that are not finite'}"
+            )
+        if self.config.advantage != "reward":
+            made[_without_signal(rewards, group)] = 0.0  # not the rounding error of the mean
+        return self._normalized(made, group)
+
+    def _normalized(self, values: npt.NDArray, group: npt.NDArray) -> npt.NDArray:
+        if self.config.normalize == "group":
+            counts = np.bincount(group)
+            means = (np.bincount(group, weights=values) / counts)[group]
+            variance = np.bincount(group, weights=(values - means) ** 2) / counts
+            return values / (np.sqrt(variance)[group] + TINY)
+        if self.config.normalize == "batch" and len(values):
+            return (values - values.mean()) / (values.std() + TINY)
+        return values
+
+    def scales(self, counted: npt.NDArray, rollout: npt.NDArray, row: npt.NDArray) -> npt.NDArray:
+        """float64 [N]: see `aggregation.token_scales`."""
+        return token_scales(counted, rollout, row, self.config)
+
+    def loss(self, inputs: LossInputs) -> LossOutputs:
+        """The micro-batch's share of the loss. sums: corrected_fraction, and the marks of the policy loss."""
+        weight, cut = correction(inputs, self.config)
+        gain, marks = self._gain(inputs, self.config)
+        counted = inputs.weights
+        sums = {name: (counted * mark.detach()).sum() for name, mark in marks.items()}
+        sums["corrected_fraction"] = (counted * cut).sum()
+        return LossOutputs(-(counted * inputs.scale * weight * gain).sum(), sums)
+
+
+def _without_signal(rewards: npt.NDArray, group: npt.NDArray) -> npt.NDArray:
+    """bool [M]: all rewards of the rollout's group are equal."""
+    high, low = (
+        np.full(group.max(initial=-1) + 1, -np.inf),
+        np.full(group.max(initial=-1) + 1, np.inf),
+    )
+    np.maximum.at(high, group, rewards)
+    np.minimum.at(low, group, rewards)
+    return (high == low)[group]
+
+
+def make_algorithm(config: AlgorithmConfig, base: Path | None = None) -> Algorithm:
+    """The algorithm that the configuration says; `file.py:function` is looked up in `base`. ConfigError names an unknown function."""
+    return Algorithm(config, base)

@@ -1,0 +1,78 @@
+"""Advantage and policy-loss functions by name: ours, and those that a user registers.
+
+    @agl.advantage("median")
+    def median(inputs: AdvantageInputs, config: AlgorithmConfig) -> npt.NDArray: ...      # float64 [M]
+
+    @agl.policy_loss("squared")
+    def squared(inputs: LossInputs, config: AlgorithmConfig) -> Gain: ...
+
+Then `algorithm.advantage: median`, where the file that says so is imported by the agent's; or `algorithm.advantage:
+path/file.py:median`, which needs no decorator. Called by `agl_ray.algorithms.algorithm`.
+"""
+
+from __future__ import annotations
+
+import importlib
+from collections.abc import Callable
+from pathlib import Path
+from typing import TYPE_CHECKING, Any, TypeVar
+
+import numpy.typing as npt
+
+from agl_ray.algorithms.base import AdvantageInputs, Gain, LossInputs
+from agl_ray.config.imports import load_object
+from agl_ray.types import ConfigError
+
+if TYPE_CHECKING:
+    from agl_ray.config.algorithm import AlgorithmConfig
+
+AdvantageFunction = Callable[[AdvantageInputs, "AlgorithmConfig"], npt.NDArray]
+PolicyLoss = Callable[[LossInputs, "AlgorithmConfig"], Gain]
+F = TypeVar("F", bound=Callable[..., Any])
+
+OURS = ("grpo", "rloo", "maxrl", "opo", "gspo", "gmpo", "cispo", "sapo", "dppo", "topr")
+"""Modules of this package that register functions."""
+
+_advantages: dict[str, AdvantageFunction] = {}
+_losses: dict[str, PolicyLoss] = {}
+
+
+def advantage(name: str) -> Callable[[F], F]:
+    """Register a function as advantage `name`; ConfigError where the name is taken by another function."""
+    return _register(_advantages, name, "advantage")
+
+
+def policy_loss(name: str) -> Callable[[F], F]:
+    """Register a function as policy loss `name`; ConfigError where the name is taken by another function."""
+    return _register(_losses, name, "policy loss")
+
+
+def find_advantage(name: str, base: Path | None = None) -> AdvantageFunction:
+    """The advantage function of this name or `file.py:function`; ConfigError lists what there is."""
+    return _find(_advantages, name, "algorithm.advantage", base)
+
+
+def find_policy_loss(name: str, base: Path | None = None) -> PolicyLoss:
+    """As `find_advantage`, for `algorithm.loss`."""
+    return _find(_losses, name, "algorithm.loss", base)
+
+
+def _register(table: dict[str, Any], name: str, what: str) -> Callable[[F], F]:
+    def keep(function: F) -> F:
+        known = table.get(name)
+        if known is not None and known.__qualname__ != function.__qualname__:
+            raise ConfigError(f"{what} {name!r} is registered already, by {known.__module__}")
+        table[name] = function
+        return function
+
+    return keep
+
+
+def _find(table: dict[str, Any], name: str, key: str, base: Path | None) -> Any:
+    for module in OURS:
+        importlib.import_module(f"agl_ray.algorithms.{module}")
+    if name in table:
+        return table[name]
+    if ":" in name:
+        return load_object(name, base or Path.cwd())
+    raise ConfigError(f"{key}: expected one of {sorted(table)} or file.py:function, got {name!r}")

@@ -1,0 +1,134 @@
+"""The section `algorithm` of the configuration: independent switches, and the names of papers as presets for them.
+
+`name` fills every switch that is not given; whatever is given wins, so that `name: grpo` with `aggregation: seq-mean-token-mean`
+means what it says. The switches themselves are in agl_ray/algorithms, one file each.
+"""
+
+from __future__ import annotations
+
+from typing import Annotated, Any, Literal
+
+from pydantic import Field, model_validator
+
+from agl_ray.config.section import PositiveFloat, Section
+
+Aggregation = Literal[
+    "token-mean",
+    "token-sum",
+    "seq-mean-token-mean",
+    "seq-mean-token-sum",
+    "seq-mean-token-sum-norm",
+]
+
+PRESETS: dict[str, dict[str, Any]] = {
+    "grpo": {},
+    "dr_grpo": {"clip_high": 0.2, "aggregation": "seq-mean-token-sum-norm"},
+    "dapo": {"normalize": "group"},
+    "rloo": {"advantage": "rloo"},
+    "reinforce_pp": {"advantage": "reward", "normalize": "batch", "clip_high": 0.2},
+    "reinforce_pp_baseline": {"advantage": "group", "normalize": "batch", "clip_high": 0.2},
+    "lite_ppo": {"advantage": "group", "normalize": "batch"},
+    "opo": {"advantage": "opo"},
+    "maxrl": {"advantage": "maxrl"},
+    "gspo": {
+        "normalize": "group",
+        "loss": "gspo",
+        "clip_low": 3e-4,
+        "clip_high": 4e-4,
+        "aggregation": "seq-mean-token-mean",
+    },
+    "gmpo": {
+        "normalize": "group",
+        "loss": "gmpo",
+        "clip_low": 0.4,
+        "clip_high": 0.4,
+        "aggregation": "seq-mean-token-mean",
+    },
+    "cispo": {"normalize": "group", "loss": "cispo", "clip_low": 1.0, "clip_high": 4.0},
+    "sapo": {"normalize": "group", "loss": "sapo", "aggregation": "seq-mean-token-mean"},
+    "dppo": {"loss": "dppo", "correction": "none"},
+    "topr": {"loss": "topr", "correction": "none"},
+}
+"""What a name stands for, beside the defaults of AlgorithmConfig. Papers: see the files in agl_ray/algorithms."""
+
+
+class AlgorithmConfig(Section):
+    name: str = "grpo"
+    """A preset: grpo, dr_grpo, dapo, rloo, reinforce_pp, reinforce_pp_baseline, lite_ppo, opo, maxrl, gspo, gmpo, cispo, sapo, dppo, topr."""
+    advantage: str = "group"
+    """Advantage of a rollout from the rewards of its group: group (minus the mean), rloo (minus the mean of the others), maxrl, opo
+    (length-weighted baseline), reward (no baseline), a name registered with `@agl.advantage`, or `file.py:function`."""
+    normalize: Literal["none", "group", "batch"] = "none"
+    """Divide the advantage by the group's standard deviation (the original GRPO), or whiten it over the whole batch (REINFORCE++)."""
+    loss: str = "clip"
+    """Gain of a token: clip (PPO), gspo, gmpo, cispo, sapo, dppo, topr, a name registered with `@agl.policy_loss`, or `file.py:function`."""
+    aggregation: Aggregation = "token-mean"
+    """How tokens add up to the loss; denominators are of the whole batch, over all ranks and micro-batches."""
+    unit: Literal["rollout", "row"] = "rollout"
+    """What a sequence is for seq-mean aggregations: a rollout, however many rows it was cut into, or each row by itself."""
+    norm_tokens: Annotated[int, Field(gt=0)] = 1024
+    """Constant length that seq-mean-token-sum-norm divides by."""
+    clip_low: PositiveFloat = 0.2
+    """Lower clip of the probability ratio (1 - clip_low). Acts only with several updates per batch (`learner.minibatches`)."""
+    clip_high: PositiveFloat = 0.28
+    """Upper clip (1 + clip_high), DAPO's clip-higher."""
+    dual_clip: Annotated[float, Field(gt=1)] | None = None
+    """Loss clip only: bound on ratio * |A| where A < 0 (1912.09729, about 3); None = off."""
+    sapo_tau_positive: PositiveFloat = 1.0
+    """Loss sapo: temperature of the gate where A > 0."""
+    sapo_tau_negative: PositiveFloat = 1.05
+    """Loss sapo: temperature of the gate where A < 0."""
+    dppo_bound: PositiveFloat = 0.2
+    """Loss dppo: |pi - mu| beyond which a token that moves with its advantage is masked."""
+    correction: Literal["none", "tis", "icepop", "seq-tis", "seq-mask", "geometric-mask"] = "icepop"
+    """Weight for the learner/engine mismatch k = pi_old / mu: tis min(k, tis_cap); icepop k inside the band, else 0; the same over the
+    product of a sequence (seq-tis, seq-mask); geometric-mask keeps a sequence whose mean of log k is within `geometric_band`."""
+    tis_cap: PositiveFloat = 2.0
+    """Cap of tis and seq-tis."""
+    icepop_low: PositiveFloat = 0.5
+    """Lower end of the band of icepop and seq-mask."""
+    icepop_high: PositiveFloat = 5.0
+    """Upper end of that band."""
+    geometric_band: PositiveFloat = 0.01
+    """geometric-mask: a sequence is kept where exp(mean log k) is within 1 +- this."""
+
+    @model_validator(mode="before")
+    @classmethod
+    def _fill_from_preset(cls, given: Any) -> Any:
+        if not isinstance(given, dict):
+            return given
+        name = given.get("name", "grpo")
+        if name not in PRESETS:
+            raise ValueError(f"algorithm.name: expected one of {sorted(PRESETS)}, got {name!r}")
+        return {**PRESETS[name], **given}
+
+    @model_validator(mode="after")
+    def _fits_together(self) -> AlgorithmConfig:
+        if self.icepop_low >= self.icepop_high:
+            raise ValueError("algorithm.icepop_low must be below algorithm.icepop_high")
+        for field, (switch, values) in _ACTS_WITH.items():
+            changed = getattr(self, field) != type(self).model_fields[field].default
+            if changed and getattr(self, switch) not in values:
+                raise ValueError(
+                    f"algorithm.{field} acts with {switch}: {' or '.join(values)} only, and {switch} is "
+                    f"{getattr(self, switch)!r}; leave it out"
+                )
+        return self
+
+
+_ACTS_WITH: dict[str, tuple[str, tuple[str, ...]]] = {
+    "unit": (
+        "aggregation",
+        ("seq-mean-token-mean", "seq-mean-token-sum", "seq-mean-token-sum-norm"),
+    ),
+    "norm_tokens": ("aggregation", ("seq-mean-token-sum-norm",)),
+    "dual_clip": ("loss", ("clip",)),
+    "sapo_tau_positive": ("loss", ("sapo",)),
+    "sapo_tau_negative": ("loss", ("sapo",)),
+    "dppo_bound": ("loss", ("dppo",)),
+    "tis_cap": ("correction", ("tis", "seq-tis")),
+    "icepop_low": ("correction", ("icepop", "seq-mask")),
+    "icepop_high": ("correction", ("icepop", "seq-mask")),
+    "geometric_band": ("correction", ("geometric-mask",)),
+}
+"""Switches that act only with certain values of another; a value of their own is refused elsewhere."""

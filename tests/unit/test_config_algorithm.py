@@ -1,0 +1,48 @@
+"""Presets of algorithms: what is given wins, what would do nothing is refused."""
+
+from __future__ import annotations
+
+import pytest
+
+from agl_ray.config.algorithm import PRESETS, AlgorithmConfig
+from agl_ray.config.load import validate
+from agl_ray.types import ConfigError
+
+BASE = {"model": {"path": "m"}}
+
+
+@pytest.mark.parametrize("name", sorted(PRESETS))
+def test_a_name_fills_the_switches_and_what_is_given_wins(name: str) -> None:
+    config = validate({**BASE, "algorithm": {"name": name}}).algorithm
+    for key, value in PRESETS[name].items():
+        assert getattr(config, key) == value
+    other = validate({**BASE, "algorithm": {"name": name, "clip_high": 0.31}}).algorithm
+    assert other.clip_high == 0.31
+    again = validate({**BASE, "algorithm": config.model_dump(mode="json")}).algorithm
+    assert again == config  # as a resumed run reads it
+
+
+def test_an_unknown_name_lists_the_known_ones() -> None:
+    with pytest.raises(ConfigError, match=r"algorithm.name: expected one of .*'gspo'.*got 'grop'"):
+        validate({**BASE, "algorithm": {"name": "grop"}})
+
+
+@pytest.mark.parametrize(
+    ("given", "words"),
+    [
+        ({"sapo_tau_negative": 2.0}, "algorithm.sapo_tau_negative acts with loss: sapo only"),
+        ({"dual_clip": 3.0, "name": "gspo"}, "algorithm.dual_clip acts with loss: clip only"),
+        ({"tis_cap": 3.0}, "algorithm.tis_cap acts with correction: tis or seq-tis only"),
+        ({"unit": "row"}, "algorithm.unit acts with aggregation: seq-mean"),
+        ({"icepop_low": 6.0}, "algorithm.icepop_low must be below"),
+    ],
+)
+def test_a_switch_that_would_do_nothing_is_refused(given: dict[str, object], words: str) -> None:
+    with pytest.raises(ConfigError, match=words):
+        validate({**BASE, "algorithm": given})
+
+
+def test_the_defaults_are_the_safe_ones() -> None:
+    config = AlgorithmConfig()
+    assert (config.advantage, config.loss, config.aggregation) == ("group", "clip", "token-mean")
+    assert (config.normalize, config.correction, config.clip_high) == ("none", "icepop", 0.28)
