@@ -13,22 +13,28 @@ from agl_ray.store.doors.app import store_app
 from agl_ray.store.doors.asgi import App
 
 PREFIX = "/v1"
+FACADE_PREFIXES = ("/api", "/proxy")
 
 
 class StoreDoor:
     """One replica of the doors. Made by Serve; ready when the store is connected."""
 
-    def __init__(self, namespace: str, api_key: str | None) -> None:
-        self._app = store_app(LightningStore.connect(namespace=namespace), api_key=api_key)
+    def __init__(self, namespace: str, api_key: str | None, gateway_url: str | None) -> None:
+        store = LightningStore.connect(namespace=namespace)
+        self._app = store_app(store, api_key=api_key, gateway_url=gateway_url)
 
     def __serve_build_asgi_app__(self) -> App:
         return self._app
 
 
-def store_door(namespace: str, api_key: str | None = None) -> Any:
+def store_door(
+    namespace: str, api_key: str | None = None, *, gateway_url: str | None = None
+) -> Any:
     """The bound Serve application of the doors, for `serve.run(..., route_prefix=PREFIX)`.
 
-    `namespace`: where the `store` actor lives. `api_key`: what callers must show; None: nothing.
+    The facade of agent-lightning 1.0 has paths of its own: run one more of these per prefix in `FACADE_PREFIXES` where it is wanted.
+    `namespace`: where the `store` actor lives. `api_key`: what callers must show; None: nothing. `gateway_url`: root of the gateway, for
+    the facade's model calls.
     """
     from ray import serve
 
@@ -52,4 +58,4 @@ def store_door(namespace: str, api_key: str | None = None) -> Any:
             },
         },
     )
-    return deployment.bind(namespace, api_key)
+    return deployment.bind(namespace, api_key, gateway_url)

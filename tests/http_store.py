@@ -14,6 +14,7 @@ import uvicorn
 
 from agl_ray.store import LightningStore, StoreCore
 from agl_ray.store.doors.app import store_app
+from agl_ray.store.doors.asgi import MAX_BODY
 
 
 @dataclass
@@ -33,7 +34,11 @@ class Served:
 
 @contextmanager
 def served(
-    url: str = "memory://", *, api_key: str | None = None, **options: Any
+    url: str = "memory://",
+    *,
+    api_key: str | None = None,
+    max_body: int = MAX_BODY,
+    **options: Any,
 ) -> Iterator[Served]:
     """Serve the journal at `url` until the block ends; `options` are those of `StoreCore.open`."""
     started = threading.Event()
@@ -41,7 +46,7 @@ def served(
 
     async def main(door: socket.socket) -> None:
         core = await StoreCore.open(url, **options)
-        app = store_app(LightningStore.local(core), api_key=api_key)
+        app = store_app(LightningStore.local(core), api_key=api_key, max_body=max_body)
         config = uvicorn.Config(app, log_level="warning", timeout_graceful_shutdown=1)
         server = uvicorn.Server(config)
         box.update(core=core, server=server, loop=asyncio.get_running_loop())

@@ -1,6 +1,9 @@
 """All doors of a store as one ASGI application.
 
     /v1/agl/call/{command}, /v1/agl/calls   our own client (rpc.py)
+    /v1/agl/...                             REST (rest.py)
+    /v1/traces                              OpenTelemetry (otlp.py)
+    /api/..., /proxy/..., /healthz          the facade of agent-lightning 1.0 (facade.py)
 
 What it is: the way from a path to its door, and the API key. The paths are whole (`/v1/...`) wherever the application is mounted.
 Who calls it: `actors/store_door.py` (Ray Serve), `agl_ray/cli/store_serve.py` (uvicorn). Test alone: tests/unit/test_store_http.py.
@@ -14,21 +17,48 @@ import logging
 
 from agl_ray.store.client import LightningStore
 from agl_ray.store.doors import rpc
-from agl_ray.store.doors.asgi import App, Message, Receive, Scope, Send, error_body, respond
+from agl_ray.store.doors.asgi import (
+    MAX_BODY,
+    App,
+    Message,
+    Receive,
+    Scope,
+    Send,
+    error_body,
+    respond,
+)
+from agl_ray.store.doors.facade import facade_app
+from agl_ray.store.doors.otlp import otlp_app
+from agl_ray.store.doors.rest import rest_app
 from agl_ray.store.transport import GatheringTransport
 
 log = logging.getLogger("agl_ray.store")
 
 OPEN_PATHS = frozenset({"/v1/agl/health", "/healthz"})  # answered without a key: probes have none
+OTLP_PATHS = ("/v1/traces", "/v1/metrics", "/v1/logs", "/v1/development/")
+FACADE_PATHS = ("/api/", "/proxy/", "/healthz")
 
 
-def store_app(store: LightningStore, *, api_key: str | None = None) -> App:
-    """The doors of `store`. api_key: what callers must show as `Authorization: Bearer KEY` or `x-api-key: KEY`; None: nothing."""
+def store_app(
+    store: LightningStore,
+    *,
+    api_key: str | None = None,
+    gateway_url: str | None = None,
+    max_body: int = MAX_BODY,
+) -> App:
+    """The doors of `store`. api_key: what callers must show as `Authorization: Bearer KEY` or `x-api-key: KEY`; None: nothing.
+    gateway_url: where the facade sends model calls. max_body: bytes of one request."""
     transport = store.transport
     if not isinstance(transport, GatheringTransport):
         raise TypeError(f"{type(transport).__name__}: expected a transport with call_many")
-    calls = rpc.CallRoute(transport)
-    return _Doors([(rpc.ONE, calls), (rpc.MANY, calls)], api_key)
+    calls = rpc.CallRoute(transport, max_body)
+    otlp = otlp_app(store, max_bytes=max_body)
+    facade = facade_app(store, gateway_url)
+    doors: list[tuple[str, App]] = [(rpc.ONE, calls), (rpc.MANY, calls)]
+    doors.append(("/v1/agl/", rest_app(store, keyed=api_key is not None, max_body=max_body)))
+    doors += [(path, otlp) for path in OTLP_PATHS]
+    doors += [(path, facade) for path in FACADE_PATHS]
+    return _Doors(doors, api_key)
 
 
 class _Doors:

@@ -291,9 +291,11 @@ def _sendable(text: str) -> str:
 def error_of(failure: Failure) -> Exception:
     """The exception, of its own type and with its own text; a StoreError where its type is none that we raise."""
     kind = _kinds().get(failure.type)
-    if kind is None:
-        return StoreError(f"the store failed unexpectedly: {failure.type}: {failure.text}")
-    return kind(*failure.arguments)
+    unknown = StoreError(f"the store failed unexpectedly: {failure.type}: {failure.text}")
+    try:
+        return unknown if kind is None else kind(*failure.arguments)
+    except TypeError:  # its class is made in another way
+        return unknown
 
 
 def _kinds() -> dict[str, type[Exception]]:
