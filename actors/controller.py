@@ -78,7 +78,7 @@ class Controller:
         self.ledger = Ledger()
         self._said = RunEvents(lambda notice: self.ledger.note(notice.text, notice.restarted))
         self.learners = LearnerKeeper(
-            LearnerGroup(self.config, model_path, namespace, self.folder),
+            LearnerGroup(self.config, model_path, namespace, self.folder, base),
             self.store,
             self.sync,
             lambda: self.ledger,

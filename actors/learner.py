@@ -21,6 +21,7 @@ import threading
 import time
 from collections.abc import Iterator
 from contextlib import contextmanager
+from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 import ray
@@ -68,12 +69,20 @@ class PeerLost(RunError):
 
 
 class LearnerRank:
-    """Rank `rank` of `world_size`. `config` is a RunConfig as a dictionary (`model_dump()`), `model_path` a Hugging Face folder."""
+    """Rank `rank` of `world_size`. `config` is a RunConfig as a dictionary (`model_dump()`), `model_path` a Hugging Face folder,
+    `base` the folder where files that the configuration names are looked up too."""
 
     def __init__(
-        self, rank: int, world_size: int, config: dict[str, Any], model_path: str, seed: int
+        self,
+        rank: int,
+        world_size: int,
+        config: dict[str, Any],
+        model_path: str,
+        seed: int,
+        base: str = ".",
     ) -> None:
         self.rank, self.world_size, self.model_path, self.seed = rank, world_size, model_path, seed
+        self.base = Path(base)
         self.config = RunConfig.model_validate(config)
         self._turn = threading.Lock()
         self._learner: Learner | None = None
@@ -105,6 +114,7 @@ class LearnerRank:
             rank=self.rank,
             world_size=self.world_size,
             device=device,
+            base=self.base,
         )
         parameters = sum(p.numel() for p in self._learner.model.parameters())
         return {"parameters": parameters, "pid": os.getpid()}

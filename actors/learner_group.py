@@ -38,9 +38,10 @@ class LearnerGroup:
     """
 
     def __init__(
-        self, config: RunConfig, model_path: str, namespace: str, run_folder: Path
+        self, config: RunConfig, model_path: str, namespace: str, run_folder: Path, base: str
     ) -> None:
         self.config, self.model_path, self.namespace = config, model_path, namespace
+        self.base = base
         self.checkpoints = run_folder / "checkpoints"
         self.ranks: list[ActorHandle] = []
         self._placement: Any = None
@@ -85,6 +86,7 @@ class LearnerGroup:
                 self.config.model_dump(mode="json"),
                 self.model_path,
                 self.config.seed,
+                self.base,
             )
             for rank in range(settings.world_size)
         ]

@@ -16,6 +16,7 @@ from collections.abc import Iterator
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
+from agl_ray.algorithms.algorithm import make_algorithm
 from agl_ray.config import RunConfig
 from agl_ray.config.imports import load_object
 from agl_ray.config.load import resolved_json
@@ -73,6 +74,9 @@ class Trainer:
         """
         self._started = time.time()
         agent = self._agent(agent)
+        make_algorithm(
+            self.config.algorithm, self.base
+        )  # its functions exist: said before anything starts
         rows = self.rows("data.train", self.config.data.train) if train is None else train
         held_out = self.rows("data.val", self.config.data.val) if val is None else val
         if self.config.model.path is not None:

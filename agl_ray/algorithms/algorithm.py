@@ -16,6 +16,7 @@ from agl_ray.algorithms.aggregation import token_scales
 from agl_ray.algorithms.base import AdvantageInputs, LossInputs, LossOutputs
 from agl_ray.algorithms.correction import correction
 from agl_ray.algorithms.registry import find_advantage, find_policy_loss
+from agl_ray.config.imports import load_module
 from agl_ray.types import InputError
 
 if TYPE_CHECKING:
@@ -31,6 +32,8 @@ class Algorithm:
 
     def __init__(self, config: AlgorithmConfig, base: Path | None = None) -> None:
         self.config = config
+        for place in config.imports:
+            load_module(place, base or Path.cwd())
         self._advantage = find_advantage(config.advantage, base)
         self._gain = find_policy_loss(config.loss, base)
 
@@ -92,5 +95,6 @@ def _without_signal(rewards: npt.NDArray, group: npt.NDArray) -> npt.NDArray:
 
 
 def make_algorithm(config: AlgorithmConfig, base: Path | None = None) -> Algorithm:
-    """The algorithm that the configuration says; `file.py:function` is looked up in `base`. ConfigError names an unknown function."""
+    """The algorithm that the configuration says; files are looked up in the current directory, then in `base`. ConfigError names an
+    unknown function, InputError a file that is not there or cannot be imported."""
     return Algorithm(config, base)

@@ -6,8 +6,8 @@
     @agl.policy_loss("squared")
     def squared(inputs: LossInputs, config: AlgorithmConfig) -> Gain: ...
 
-Then `algorithm.advantage: median`, where the file that says so is imported by the agent's; or `algorithm.advantage:
-path/file.py:median`, which needs no decorator. Called by `agl_ray.algorithms.algorithm`.
+Then `algorithm: {imports: [path/file.py], advantage: median}`; or `algorithm.advantage: path/file.py:median`, which needs no
+decorator. Called by `agl_ray.algorithms.algorithm`.
 """
 
 from __future__ import annotations

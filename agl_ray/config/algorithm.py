@@ -55,6 +55,8 @@ PRESETS: dict[str, dict[str, Any]] = {
 class AlgorithmConfig(Section):
     name: str = "grpo"
     """A preset: grpo, dr_grpo, dapo, rloo, reinforce_pp, reinforce_pp_baseline, lite_ppo, opo, maxrl, gspo, gmpo, cispo, sapo, dppo, topr."""
+    imports: list[str] = []
+    """Files (`path/file.py`) or modules that register functions with `@agl.advantage` and `@agl.policy_loss`, to be named below."""
     advantage: str = "group"
     """Advantage of a rollout from the rewards of its group: group (minus the mean), rloo (minus the mean of the others), maxrl, opo
     (length-weighted baseline), reward (no baseline), a name registered with `@agl.advantage`, or `file.py:function`."""

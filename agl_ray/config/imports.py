@@ -31,9 +31,7 @@ def load_object(spec: str, base: Path) -> Any:
         raise InputError(
             f"{spec!r} names no object: expected 'path/file.py:name' or 'package.module:name'"
         )
-    is_file = place.endswith(".py") or "/" in place
-    module = _from_file(spec, place, base) if is_file else _from_module(spec, place)
-    found: Any = module
+    found: Any = load_module(place, base, spec)
     for part in name.split("."):
         if not hasattr(found, part):
             public = [each for each in vars(found) if not each.startswith("_")]
@@ -41,6 +39,13 @@ def load_object(spec: str, base: Path) -> Any:
             raise InputError(f"{spec!r}: {place} has no {part!r}{hint}")
         found = getattr(found, part)
     return found
+
+
+def load_module(place: str, base: Path, spec: str | None = None) -> ModuleType:
+    """The module at `place`, `path/file.py` or `package.module`. InputError as in `load_object`."""
+    if place.endswith(".py") or "/" in place:
+        return _from_file(spec or place, place, base)
+    return _from_module(spec or place, place)
 
 
 def _from_file(spec: str, place: str, base: Path) -> ModuleType:

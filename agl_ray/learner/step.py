@@ -46,7 +46,8 @@ DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16}
 class Learner:
     """One rank's model and optimiser. With `world_size` above 1 the ranks' group (fsdp.join_group) must be joined before.
 
-    version: the weight version that it holds; 0 is the base model. updates: optimiser updates so far.
+    base: where files that `algorithm` names are looked up too. version: the weight version that it holds; 0 is the base model.
+    updates: optimiser updates so far.
     """
 
     def __init__(
@@ -59,9 +60,10 @@ class Learner:
         rank: int = 0,
         world_size: int = 1,
         device: str = "cpu",
+        base: Path | None = None,
     ) -> None:
         self.config, self.rank, self.world_size = config, rank, world_size
-        self.algorithm = make_algorithm(algorithm)
+        self.algorithm = make_algorithm(algorithm, base)
         self.model_path = Path(model_path)
         self.dtype = DTYPES[config.dtype]
         torch.manual_seed(seed + rank)

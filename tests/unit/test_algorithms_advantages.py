@@ -111,6 +111,15 @@ def test_a_function_in_a_file_needs_no_registration(tmp_path: Path) -> None:
     assert algorithm.advantages(np.array([0.0, 1.0]), np.array([0, 0])).tolist() == [0.0, 2.0]
 
 
+def test_a_file_named_in_imports_registers_its_functions(tmp_path: Path) -> None:
+    (tmp_path / "registers.py").write_text(
+        "import agl_ray as agl\n\n@agl.advantage('thrice')\ndef thrice(inputs, config):\n    return 3 * inputs.rewards\n"
+    )
+    config = AlgorithmConfig(imports=["registers.py"], advantage="thrice")
+    algorithm = make_algorithm(config, tmp_path)
+    assert algorithm.advantages(np.array([0.0, 1.0]), np.array([0, 0])).tolist() == [0.0, 3.0]
+
+
 def test_an_unknown_name_is_refused_with_what_there_is() -> None:
     with pytest.raises(ConfigError, match=r"algorithm.advantage: expected one of .*'rloo'"):
         make_algorithm(AlgorithmConfig(advantage="grpo_typo"))
