@@ -16,7 +16,7 @@ import psycopg
 import sqlalchemy as sa
 
 from agl_ray import waits
-from agl_ray.types import ConfigError, StoreError, WaitTimeout
+from agl_ray.types import AglError, ConfigError, StoreError, WaitTimeout
 
 log = logging.getLogger("agl_ray.store")
 T = TypeVar("T")
@@ -40,6 +40,7 @@ _ADVICE = {
     "no password supplied": "store.url has no password: postgresql://USER:PASSWORD@HOST:PORT/DATABASE",
     "no pg_hba.conf entry": "the server does not let this user in from here; see its pg_hba.conf",
     "permission denied for schema": "let the user make tables: GRANT CREATE, USAGE ON SCHEMA public TO the user of store.url",
+    "no schema has been selected": "let the user make tables: GRANT CREATE, USAGE ON SCHEMA public TO the user of store.url",
     "permission denied": "grant the user of store.url what is missing",
     "could not translate host name": "check the host in store.url",
     "failed to resolve host": "check the host in store.url",
@@ -81,6 +82,8 @@ class Server:
                     f"{self.name}: no answer within {seconds:g} s to {doing}; check the server and resume the run"
                 ) from error
             except FAILURES as error:
+                if isinstance(ours := getattr(error, "orig", None), AglError):
+                    raise ours from error  # a value that is none, found while the statement was made
                 if not _passes(error) or clock() + pause > give_up:
                     raise self.explained(doing, error) from error
                 if pause == PAUSE_SECONDS:
