@@ -12,6 +12,7 @@ LOCK := cluster/locks/$(SET).lock
 LOCKED := $(VENV)/.ready-$(SET)
 READY := $(VENV)/.project-$(SET)
 TEST_LOCK := cluster/locks/test.lock
+VERL_LOCK := cluster/locks/verl.lock
 TESTED := $(VENV)/.ready-test
 # A test that hangs is a failed test; the longest whole run stays far below this.
 PYTEST := $(BIN)/python -m pytest --timeout 900
@@ -42,8 +43,10 @@ $(READY): $(LOCKED) pyproject.toml
 	@touch $@
 
 # What only tests need, on top.
-$(TESTED): $(READY) $(TEST_LOCK)
+$(TESTED): $(READY) $(TEST_LOCK) $(VERL_LOCK)
 	@$(PYTHON) cluster/locks/install.py --lock $(TEST_LOCK) --venv $(VENV) --add
+	@$(BIN)/python -m pip install -q --no-deps --no-build-isolation --disable-pip-version-check \
+		--target $(VENV)/verl --upgrade -r $(VERL_LOCK)
 	@touch $@
 
 demo: $(READY) ## train the calculator agent of the quickstart (SEED=0)

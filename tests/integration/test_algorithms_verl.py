@@ -1,0 +1,170 @@
+"""Parity with verl's core functions (installed by `make test` in VENV/verl): losses, gradients, aggregations and advantages to 1e-6.
+
+What differs on purpose is in `GRADIENT_ONLY` (another form with the same gradient) and in the notes at each case.
+"""
+
+from __future__ import annotations
+
+import os
+import sys
+from pathlib import Path
+from types import ModuleType
+from typing import Any
+
+import numpy as np
+import pytest
+import torch
+from loss_streams import Streams, inputs_of, random_streams
+
+from agl_ray.algorithms.aggregation import token_scales
+from agl_ray.algorithms.algorithm import make_algorithm
+from agl_ray.config.algorithm import AlgorithmConfig
+
+pytestmark = pytest.mark.slow
+
+# our preset or loss -> (verl's policy loss, further switches of ours, fields of verl's ActorConfig)
+LOSSES: dict[str, tuple[str, dict[str, Any], dict[str, Any]]] = {
+    "clip": ("vanilla", {"clip_low": 0.2, "clip_high": 0.28, "dual_clip": 3.0}, {}),
+    "gspo": ("gspo", {"clip_low": 0.02, "clip_high": 0.03}, {}),
+    "cispo": ("cispo", {"clip_low": 0.9, "clip_high": 4.0}, {}),
+    "sapo": ("sapo", {"sapo_tau_positive": 1.0, "sapo_tau_negative": 1.05}, {}),
+    "gmpo": ("geo_mean", {"clip_low": 0.4, "clip_high": 0.4}, {}),
+    "dppo": ("dppo_tv", {"dppo_bound": 0.2}, {"clip_ratio_low": 0.2, "clip_ratio_high": 0.2}),
+}
+GRADIENT_ONLY = {"dppo": "verl writes sg(ratio) A log pi for our ratio A"}
+
+
+@pytest.fixture(scope="module")
+def core() -> ModuleType:
+    """verl.trainer.ppo.core_algos. Not there = the test environment is broken: an error, no skip."""
+    place = os.environ.get("AGL_TEST_VERL", str(Path(sys.prefix) / "verl"))
+    sys.path.append(place)  # behind everything: its wheel has a package `tests` of its own
+    from verl.trainer.ppo import core_algos
+
+    return core_algos  # type: ignore[no-any-return]
+
+
+def actor_config(**fields: Any) -> Any:
+    from verl.workers.config import ActorConfig
+
+    return ActorConfig(strategy="fsdp", rollout_n=1, ppo_micro_batch_size_per_gpu=1, **fields)
+
+
+def padded(values: Any, streams: Streams) -> Any:
+    """[rows, longest], padded with 0: verl's form."""
+    rows = [values[streams["sequence"] == row] for row in range(streams["sequence"].max() + 1)]
+    return torch.nn.utils.rnn.pad_sequence(rows, batch_first=True)
+
+
+def whole_rows(seed: int) -> Streams:
+    """Streams in which every row has a counted token (verl divides by the number of all rows in geo_mean)."""
+    streams = random_streams(seed, rows=9)
+    first = np.searchsorted(streams["sequence"], np.arange(9))
+    streams["weights"][first] = 1.0
+    if seed % 2:
+        streams["weights"][:] = 1.0
+    return streams
+
+
+@pytest.mark.parametrize("seed", [0, 1, 2])
+@pytest.mark.parametrize("loss", sorted(LOSSES))
+def test_policy_losses(core: ModuleType, loss: str, seed: int) -> None:
+    name, switches, fields = LOSSES[loss]
+    mode = "token-mean" if loss in ("clip", "cispo", "dppo") else "seq-mean-token-mean"
+    config = AlgorithmConfig.model_validate(
+        {"loss": loss, "correction": "none", "aggregation": mode, **switches}
+    )
+    streams = whole_rows(seed)
+    if loss == "dppo":  # verl takes the policy that sampled as the old one
+        streams["engine_logprobs"] = streams["old_logprobs"]
+    rows = streams["sequence"]
+    streams["scale"] = token_scales(streams["weights"], rows, rows, config)
+    inputs = inputs_of(streams)
+    ours = make_algorithm(config).loss(inputs).loss
+    ours.backward()
+
+    theirs_at = torch.tensor(streams["logprobs"], requires_grad=True)
+    ranges = {
+        "clip_ratio_low": switches.get("clip_low", 0.2),
+        "clip_ratio_high": switches.get("clip_high", 0.28),
+    }
+    value, _ = core.get_policy_loss_fn(name)(
+        old_log_prob=padded(torch.tensor(streams["old_logprobs"]), streams),
+        log_prob=padded(theirs_at, streams),
+        advantages=padded(torch.tensor(streams["advantages"]), streams),
+        response_mask=padded(torch.tensor(streams["weights"]), streams),
+        loss_agg_mode=mode,
+        config=actor_config(**{**ranges, **fields}),
+    )
+    value.backward()
+    if loss not in GRADIENT_ONLY:
+        assert ours.item() == pytest.approx(value.item(), abs=1e-6)
+    torch.testing.assert_close(inputs.logprobs.grad, theirs_at.grad, rtol=0, atol=1e-6)
+
+
+@pytest.mark.parametrize(
+    "mode",
+    [
+        "token-mean",
+        "token-sum",
+        "seq-mean-token-mean",
+        "seq-mean-token-sum",
+        "seq-mean-token-sum-norm",
+    ],
+)
+def test_aggregations(core: ModuleType, mode: str) -> None:
+    streams = random_streams(4)
+    losses = torch.tensor(np.random.default_rng(4).normal(size=len(streams["weights"])))
+    config = AlgorithmConfig.model_validate({"aggregation": mode})
+    scales = token_scales(streams["weights"], streams["sequence"], streams["sequence"], config)
+    theirs = core.agg_loss(
+        loss_mat=padded(losses, streams),
+        loss_mask=padded(torch.tensor(streams["weights"]), streams),
+        loss_agg_mode=mode,
+        loss_scale_factor=config.norm_tokens,
+    )
+    assert float((torch.tensor(scales) * losses).sum()) == pytest.approx(theirs.item(), rel=1e-6)
+
+
+def advantages_of(core: ModuleType, estimator: str, case: Any, **arguments: Any) -> np.ndarray:
+    rewards, groups, tokens = case
+    mask = (torch.arange(int(tokens.max())) < torch.tensor(tokens)[:, None]).double()
+    rewarded = torch.zeros_like(mask)
+    rewarded[:, 0] = torch.tensor(rewards)
+    got, _ = core.get_adv_estimator_fn(estimator)(
+        token_level_rewards=rewarded, response_mask=mask, index=groups, **arguments
+    )
+    return got[:, 0].numpy()  # type: ignore[no-any-return]
+
+
+def a_batch(seed: int) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
+    """Groups of 4 with different rewards (for groups of one, and of equal rewards, ours is 0 exactly, verl's is not always)."""
+    rng = np.random.default_rng(seed)
+    return rng.random(48), np.repeat(np.arange(12), 4), rng.integers(1, 9, 48)
+
+
+@pytest.mark.parametrize(
+    ("estimator", "ours", "arguments"),
+    [
+        ("grpo", {"advantage": "group"}, {"norm_adv_by_std_in_grpo": False}),
+        ("rloo", {"advantage": "rloo"}, {}),
+        ("opo", {"advantage": "opo"}, {}),
+    ],
+)
+def test_advantages(
+    core: ModuleType, estimator: str, ours: dict[str, str], arguments: dict[str, Any]
+) -> None:
+    case = a_batch(1)
+    got = make_algorithm(AlgorithmConfig.model_validate(ours)).advantages(*case)
+    theirs = advantages_of(core, estimator, case, **arguments)
+    np.testing.assert_allclose(got, theirs, rtol=0, atol=1e-6)
+
+
+def test_the_standard_deviation_of_a_group_is_the_populations_not_the_samples(
+    core: ModuleType,
+) -> None:
+    """verl divides by the sample's standard deviation (n - 1), the paper and we by the group's own (n)."""
+    case = a_batch(2)
+    got = make_algorithm(AlgorithmConfig(normalize="group")).advantages(*case)
+    theirs = advantages_of(core, "grpo", case, norm_adv_by_std_in_grpo=True)
+    np.testing.assert_allclose(got, theirs * np.sqrt(4 / 3), rtol=0, atol=2e-5)
