@@ -6,6 +6,7 @@ Who calls it: `agl_ray.store.span_calls`, the OTLP door. Test alone: tests/unit/
 
 from __future__ import annotations
 
+import math
 import time
 from collections.abc import Mapping
 from typing import Any
@@ -44,17 +45,28 @@ def span_row(span: Span) -> dict[str, Any]:
     row: dict[str, Any] = {name: getattr(span, name) for name in SAME}
     row |= {name: getattr(span, name) or None for name in JSON}
     row |= {"span_id": span.span_id or new_span_id()}
-    row |= {"start_ns": round(start * 1e9), "end_ns": round(end * 1e9)}
+    row |= {"start_ns": _nanoseconds(start), "end_ns": _nanoseconds(end)}
     return row | span.extra
 
 
 def span_object(row: Mapping[str, Any]) -> Span:
-    """The span in `row`, whose JSON columns are decoded."""
-    given = {name: row[name] for name in JSON if row[name] is not None}
+    """The span in `row`, whose JSON columns are decoded; columns that are empty may be missing."""
+    given = {name: row[name] for name in JSON if row.get(name) is not None}
     return Span(
         **{name: row[name] for name in SAME},
         **given,
-        start_time=row["start_ns"] / 1e9,
-        end_time=row["end_ns"] / 1e9,
-        extra={name: row[name] for name in EXTRA if row[name] is not None},
+        start_time=_seconds(row["start_ns"]),
+        end_time=_seconds(row["end_ns"]),
+        extra={name: row[name] for name in EXTRA if row.get(name) is not None},
     )
+
+
+def _nanoseconds(seconds: float) -> int:
+    """Whole seconds apart, so that what a float can hold is not rounded once more."""
+    whole = math.floor(seconds)
+    return whole * 10**9 + round((seconds - whole) * 1e9)
+
+
+def _seconds(nanoseconds: int) -> float:
+    whole, rest = divmod(nanoseconds, 10**9)
+    return whole + rest / 1e9

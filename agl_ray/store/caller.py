@@ -91,6 +91,22 @@ class StoreCaller:
         """How this client reaches its store: what a door passes commands on to."""
         return self._transport
 
+    @property
+    def capabilities(self) -> dict[str, bool]:
+        """thread_safe: usable from any thread and loop. async_safe: from many tasks at once. zero_copy: one store serves all
+        processes. otlp_traces: it takes OTLP at `otlp_traces_endpoint()`."""
+        return {
+            "thread_safe": True,
+            "async_safe": True,
+            "zero_copy": not isinstance(self._transport, LocalTransport),
+            "otlp_traces": self.otlp_traces_endpoint() is not None,
+        }
+
+    def otlp_traces_endpoint(self) -> str | None:
+        """Where the store takes OTLP/HTTP traces: at the HTTP door that this client came through, None without one."""
+        door: str | None = getattr(self._transport, "base_url", None)
+        return None if door is None else f"{door}/v1/traces"
+
     async def _call(
         self,
         command: str,

@@ -26,7 +26,10 @@ MOST_BYTES = 8 * 2**20  # per message
 COMMAND_BYTES = 1024  # what a command without payload counts for
 
 ALONE = frozenset(
-    ("close", "ping", "statistics", "wait_for_rollouts", "events", "read_spans", "query_records")
+    (
+        *("close", "ping", "statistics", "forget", "wait_for_rollouts", "events", "read_spans"),
+        *("query_records", "find_rollouts", "find_attempts", "find_resources", "query_rollouts"),
+    )
 )
 
 Command = tuple[str, tuple[Any, ...]]
