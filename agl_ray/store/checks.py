@@ -5,6 +5,7 @@ Who calls it: `agl_ray.store.machine`, `agl_ray.store.client`. Test alone: tests
 
 from __future__ import annotations
 
+import itertools
 import math
 import re
 from typing import Any
@@ -16,7 +17,12 @@ from agl_ray.types import Attempt, Conflict, EndReason, InputError
 LATE = (EndReason.LOST, EndReason.TIMEOUT, EndReason.CANCELLED)
 """Ends that were decided over the runner's head: its own later report is answered with them, not refused."""
 
+MOST_DEPTH = 200  # lists and objects in one another; pickle, which carries values to the store's actor, ends below 500
+
 _ID = re.compile(r"[A-Za-z0-9._:-]{1,128}")
+# A text without an end is one, too: so the time stays linear in what is looked at.
+_TEXTS = re.compile(rb'"[^"\\]*(?:\\.[^"\\]*)*"?', re.DOTALL)
+_NO_BRACKETS = bytes(set(range(256)) - set(b"[]{}"))
 
 
 def check_id(field: str, value: str) -> None:
@@ -35,12 +41,26 @@ def check_json(field: str, value: Any) -> None:
 
 def json_bytes(field: str, value: Any) -> bytes:
     try:
-        return msgspec.json.encode(value)
+        body = msgspec.json.encode(value)
     except (TypeError, ValueError, OverflowError, RecursionError) as error:
         raise InputError(
             f"{field}: expected JSON values (numbers, text, lists, dictionaries with text keys), got "
             f"{type(value).__name__}: {error}"
         ) from error
+    check_depth(field, body)
+    return body
+
+
+def check_depth(field: str, body: bytes) -> None:
+    """InputError where lists and objects are nested too deeply in `body`, which is JSON."""
+    if body.count(b"[") + body.count(b"{") <= MOST_DEPTH:
+        return
+    brackets = _TEXTS.sub(b"", body).translate(None, _NO_BRACKETS)
+    depth = max(itertools.accumulate(1 if one in b"[{" else -1 for one in brackets), default=0)
+    if depth > MOST_DEPTH:
+        raise InputError(
+            f"{field}: expected at most {MOST_DEPTH} values in one another, got {depth}"
+        )
 
 
 def json_value(field: str, value: Any) -> Any:

@@ -14,7 +14,7 @@ from typing import Any
 import pytest
 
 from actors.store import create_store
-from actors.store_door import PREFIX, store_door
+from actors.store_door import FACADE_PREFIXES, PREFIX, store_door
 from agl_ray.store import LightningStore
 from agl_ray.types import EndReason, EnqueueRolloutRequest, InputError, NotFound
 
@@ -39,20 +39,26 @@ def doors(ray_cluster: None, scratch: Path) -> Iterator[tuple[str, LightningStor
 
     serve.start(http_options={"host": "127.0.0.1", "port": port, "request_timeout_s": None})
     serve.run(Other.bind(), name="other", route_prefix="/")
-    serve.run(store_door("doors", KEY), name="store", route_prefix=PREFIX)
+    for prefix in (PREFIX, *FACADE_PREFIXES):
+        serve.run(store_door("doors", KEY), name=f"store{prefix}", route_prefix=prefix)
     yield f"http://127.0.0.1:{port}", store
     serve.shutdown()
     asyncio.run(store.shutdown())
 
 
-def get(url: str, key: str | None = KEY) -> tuple[int, Any]:
-    headers = {} if key is None else {"authorization": f"Bearer {key}"}
+def ask(url: str, body: Any = None, key: str | None = KEY) -> tuple[int, Any]:
+    """(status, answer of JSON or text); a body makes it a POST of JSON."""
+    headers = {"content-type": "application/json"}
+    headers |= {} if key is None else {"authorization": f"Bearer {key}"}
+    data = None if body is None else json.dumps(body).encode()
     try:
-        with urllib.request.urlopen(urllib.request.Request(url, headers=headers)) as answer:
-            return answer.status, answer.read()
+        with urllib.request.urlopen(urllib.request.Request(url, data, headers)) as answer:
+            status, content = answer.status, answer.read()
     except urllib.error.HTTPError as error:
         with error:
-            return error.code, error.read()
+            status, content = error.code, error.read()
+    text = content.decode()
+    return status, json.loads(text) if text.startswith(("{", "[")) else text
 
 
 def test_the_client_through_serve(doors: tuple[str, LightningStore]) -> None:
@@ -89,11 +95,38 @@ def test_the_client_through_serve(doors: tuple[str, LightningStore]) -> None:
     asyncio.run(flow())
 
 
-def test_paths_are_whole_and_the_other_application_is_left_alone(
+def test_every_door_is_there_and_the_other_application_is_left_alone(
     doors: tuple[str, LightningStore],
 ) -> None:
+    url, inside = doors
+    assert ask(f"{url}/") == (200, "other")
+    status, answer = ask(f"{url}/v1/agl/nothing")
+    assert (status, answer["error"]["type"]) == (404, "NotFound")
+    assert ask(f"{url}/v1/agl/statistics", key=None)[0] == 401
+    assert ask(f"{url}/v1/agl/statistics")[1]["durable"] is True
+    assert ask(f"{url}/v1/agl/health", key=None)[0] == 200
+    assert "/v1/agl/rollouts" in ask(f"{url}/v1/agl/openapi.json")[1]["paths"]
+    assert ask(f"{url}/v1/traces", {"resourceSpans": []})[0] == 200
+    status, (rollout,) = ask(f"{url}/api/rollouts", [{"input": "through the facade"}])
+    assert status == 201
+    found = asyncio.run(inside.get_rollout_by_id(rollout["rollout_id"]))
+    assert found is not None
+    assert found.input == "through the facade"
+    assert ask(f"{url}/api/rollouts", [], key=None)[0] == 401
+    assert ask(f"{url}/proxy/state")[0] == 200
+
+
+def test_values_deep_in_one_another(doors: tuple[str, LightningStore]) -> None:
+    """As deep as may be is carried to the actor and back; deeper is the caller's error, not a failure on the way."""
     url, _ = doors
-    assert get(f"{url}/") == (200, b"other")
-    status, body = get(f"{url}/v1/agl/nothing")
-    assert (status, json.loads(body)["error"]["type"]) == (404, "NotFound")
-    assert get(f"{url}/v1/agl/statistics", None)[0] == 401
+    enqueue = f"{url}/v1/agl/queues/rollouts/enqueue"
+    nested: Any = 1
+    for depth in range(1, 460):
+        nested = [nested]
+        if depth in (190, 300, 450):
+            status, answer = ask(enqueue, {"rollouts": [{"input": nested}]})
+            assert status == (201 if depth < 200 else 422), answer
+            if depth < 200:
+                assert answer[0]["input"] == nested
+            else:
+                assert "in one another" in answer["error"]["message"]

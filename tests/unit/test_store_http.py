@@ -11,7 +11,7 @@ from typing import Any
 
 import aiohttp
 import pytest
-from http_store import served
+from http_store import Served, served
 
 from agl_ray.spans import new_span_id, span_batch
 from agl_ray.store import LightningStore, StoreCore
@@ -32,6 +32,7 @@ from agl_ray.types import (
     WaitTimeout,
 )
 
+MSGPACK = {"content-type": "application/msgpack"}
 MODEL = LLM(endpoint="http://127.0.0.1:1", model="tiny")
 
 
@@ -308,6 +309,31 @@ def test_the_key() -> None:
             assert asyncio.run(with_key(server.url, headers)) == 401
 
 
+def test_a_web_page_of_another_site_is_refused_where_there_is_no_key() -> None:
+    """What a browser lets any page send to this machine: a body of plain text, an empty one, its own origin told."""
+
+    async def post(url: str, path: str, headers: dict[str, str]) -> int:
+        body = wire.encode_call("put_state", ("key", b"x"), 1.0)
+        async with (
+            aiohttp.ClientSession() as session,
+            session.post(f"{url}/v1/agl/{path}", data=body, headers=headers) as answer,
+        ):
+            return answer.status
+
+    async def flow(server: Served) -> None:
+        call = "call/put_state"
+        assert await post(server.url, call, {"content-type": "text/plain"}) == 400
+        other = {"origin": "http://example.org"}
+        assert await post(server.url, call, MSGPACK | other) == 403
+        assert await post(server.url, "queues/rollouts/dequeue", other) == 403
+        assert await server.client().get_state("key") is None
+        assert await post(server.url, call, MSGPACK | {"origin": server.url}) == 200
+        assert await server.client().get_state("key") == b"x"
+
+    with served() as server:
+        asyncio.run(flow(server))
+
+
 def test_what_is_no_store() -> None:
     for wrong in ("", "127.0.0.1:80", "ftp://x", "http://", "sqlite:///x"):
         with pytest.raises(InputError, match="expected http://host:port"):
@@ -327,7 +353,7 @@ def test_bad_bodies_are_answers() -> None:
 
         async with (
             aiohttp.ClientSession() as session,
-            session.post(f"{url}/v1/agl/call/{name}", data=body) as answer,
+            session.post(f"{url}/v1/agl/call/{name}", data=body, headers=MSGPACK) as answer,
         ):
             return answer.status, msgspec.msgpack.decode(await answer.read())["error"]
 

@@ -80,6 +80,10 @@ class _Doors:
             text = "expected the store's API key as `Authorization: Bearer KEY` or `x-api-key: KEY`"
             await respond(send, 401, error_body("Unauthorized", text))
             return
+        if self._key is None and _of_another_site(scope):
+            text = "a web page of another site may not use a store that has no API key"
+            await respond(send, 403, error_body("Forbidden", text))
+            return
         for start, app in self._doors:
             if path.startswith(start):
                 await _answered(app, scope, receive, send)
@@ -96,6 +100,13 @@ class _Doors:
             shown.append(token.strip())
         fits = [hmac.compare_digest(one, self._key) for one in shown]
         return any(fits)
+
+
+def _of_another_site(scope: Scope) -> bool:
+    """Browsers tell which page sends a request; other programs say nothing."""
+    headers = dict(scope["headers"])
+    origin = headers.get(b"origin")
+    return origin is not None and origin.partition(b"://")[2] != headers.get(b"host")
 
 
 async def _answered(app: App, scope: Scope, receive: Receive, send: Send) -> None:

@@ -19,6 +19,7 @@ from fastapi import FastAPI, Request, Response
 from fastapi.openapi.utils import get_openapi
 from starlette.exceptions import HTTPException
 
+from agl_ray.store.checks import check_depth
 from agl_ray.store.doors.asgi import (
     JSON,
     Gone,
@@ -181,6 +182,7 @@ async def body_of(request: Request, kind: type[T], limit: int) -> T:
     if body and media != JSON:
         raise NoJson(f"content-type: expected {JSON}, got {media!r}")
     try:
+        check_depth("nesting", body)
         return msgspec.json.decode(body or b"{}", type=kind)
     except (msgspec.MsgspecError, ValueError, OverflowError, RecursionError) as error:
         raise Malformed(f"body: {error}") from error
@@ -189,24 +191,24 @@ async def body_of(request: Request, kind: type[T], limit: int) -> T:
 # Errors.
 
 
-def _error(status: int, kind: str, message: str, headers: Any = None) -> Response:
+def _error_answer(status: int, kind: str, message: str, headers: Any = None) -> Response:
     return Response(error_body(kind, message), status, headers=headers, media_type=JSON)
 
 
 async def _known(_: Request, error: Exception) -> Response:
     if isinstance(error, Malformed):
-        return _error(422, "InputError", str(error))
+        return _error_answer(422, "InputError", str(error))
     if isinstance(error, NoJson):
-        return _error(415, "InputError", str(error))
+        return _error_answer(415, "InputError", str(error))
     kind = "InputError" if isinstance(error, TooLarge) else type(error).__name__
-    return _error(status_of(error), kind, str(error))
+    return _error_answer(status_of(error), kind, str(error))
 
 
 async def _http(request: Request, error: Exception) -> Response:
     assert isinstance(error, HTTPException)
     kind = "NotFound" if error.status_code == 404 else "InputError"
     words = f"{request.method} {request.url.path}: {error.detail}"
-    return _error(error.status_code, kind, words, error.headers)
+    return _error_answer(error.status_code, kind, words, error.headers)
 
 
 async def _gone(_request: Request, _error: Exception) -> Response:
@@ -216,7 +218,7 @@ async def _gone(_request: Request, _error: Exception) -> Response:
 
 async def _unknown(request: Request, error: Exception) -> Response:
     log.error("%s %s failed in the store's door", request.method, request.url.path)
-    return _error(500, type(error).__name__, "the store's door failed; its log says why")
+    return _error_answer(500, type(error).__name__, "the store's door failed; its log says why")
 
 
 # The document.

@@ -51,6 +51,8 @@ class CallRoute:
         try:
             if scope["method"] != "POST":
                 raise InputError(f"{path}: expected POST, got {scope['method']}")
+            if (b"content-type", MSGPACK.encode()) not in scope["headers"]:
+                raise InputError(f"{path}: expected a body of content-type {MSGPACK}")
             status, answer = 200, await self._answer(path, receive)
         except (AglError, StoreAway) as error:
             status, answer = status_of(error), wire.encode_error(error)
