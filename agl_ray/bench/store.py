@@ -21,7 +21,7 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
-from agl_ray.bench.peers import agentlightning
+from agl_ray.bench.peers import agentlightning_env as agentlightning
 from agl_ray.bench.store_flow import Flows, StoreFlows, run_flows
 from agl_ray.bench.store_growth import measure_growth, worst
 from agl_ray.bench.store_keys import FLOWS, PEER_FLOWS, RATIOS, FlowCase

@@ -3,7 +3,8 @@
 Rollouts are queued before the clock starts. Two profiles, the same for us and for others:
 
 - `light`: 4 spans of 8 text attributes of 100 characters. Ours go as a runner sends them: recorded while the agent runs, one Arrow batch
-  at the end. `single` is the same with a call of the store for every span.
+  at the end, then the attempt's end. `single` is the same with a call of the store for every span; in `together` batch and end are sent
+  at once, the end naming the number of spans, so that they travel in one message and are one commit.
 - `heavy`: 4 model calls of 4,096 prompt ids, 200 response ids and their log-probabilities, a call of the store for each, as the gateway
   sends them.
 
@@ -111,14 +112,23 @@ class StoreFlows:
         if taken is None:
             return False
         key = (taken.rollout_id, taken.attempt_id)
+        if self.material.profile == "together":
+            await asyncio.gather(self._add_all(key), self._end(key, SPANS))
+            return True
         if self.material.profile == "light":
-            rows = [self.material.row(*key) for _ in range(SPANS)]
-            await self.store.add_spans(*key, span_batch(rows))
+            await self._add_all(key)
         else:
             for _ in range(SPANS):
                 await self.store.add_spans(*key, span_batch([self.material.row(*key)]))
-        await self.store.end_attempt(*key, EndReason.OK, reward=1.0)
+        await self._end(key)
         return True
+
+    async def _add_all(self, key: tuple[str, str]) -> None:
+        rows = [self.material.row(*key) for _ in range(SPANS)]
+        await self.store.add_spans(*key, span_batch(rows))
+
+    async def _end(self, key: tuple[str, str], num_spans: int | None = None) -> None:
+        await self.store.end_attempt(*key, EndReason.OK, reward=1.0, expected_spans=num_spans)
 
     async def totals(self) -> tuple[int, int]:
         counts = await self.store.statistics()

@@ -12,7 +12,7 @@ import pytest
 
 from agl_ray.bench import store as bench
 from agl_ray.bench import store_keys, store_show
-from agl_ray.bench.peers import agentlightning
+from agl_ray.bench.peers import agentlightning_env as agentlightning
 from agl_ray.bench.store_fill import attempt_id_of, fill, rollout_ids
 from agl_ray.bench.store_flow import StoreFlows, run_flows
 from agl_ray.bench.store_growth import OPERATIONS, measure_growth, worst
@@ -55,7 +55,7 @@ def test_growth_times_every_operation_at_every_size(tmp_path: Path) -> None:
     assert (ratio, name) == (3.0, "b")
 
 
-@pytest.mark.parametrize("profile", ["light", "single", "heavy"])
+@pytest.mark.parametrize("profile", ["light", "single", "together", "heavy"])
 def test_flows_are_counted_by_the_store_itself(profile: str) -> None:
     async def scenario() -> None:
         async with in_process("memory://") as place:
@@ -163,7 +163,7 @@ def test_the_environment_is_made_once(tmp_path: Path, monkeypatch: pytest.Monkey
 def test_the_peers_answer_is_its_last_line(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     def answers(command: list[str], **options: Any) -> subprocess.CompletedProcess[str]:
         assert "PYTHONPATH" not in options["env"]
-        assert json.loads(command[2])["cases"] == [["http", "light", 1, 5]]
+        assert json.loads(command[-1])["cases"] == [["http", "light", 1, 5]]
         return subprocess.CompletedProcess(command, 0, 'noise\n[{"per_s": 2.0}]\n', "")
 
     monkeypatch.setattr(subprocess, "run", answers)

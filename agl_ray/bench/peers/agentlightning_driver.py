@@ -4,7 +4,7 @@ The flow: dequeue_rollout, N x add_span, update_attempt(succeeded); rollouts are
 spans of a few short text attributes; `heavy`, model-call spans whose token ids are attributes and whose log-probabilities are JSON
 text, as its tracer writes them. The library is used as it is: its server (`agl store`), its client, its memory store.
 
-Run by `agl_ray.bench.peers.agentlightning`, with the Python of that library's own environment (nothing of ours is importable
+Run by `agl_ray.bench.peers.agentlightning_env`, with the Python of that library's own environment (nothing of ours is importable
 there). Alone: `ENV/bin/python agentlightning_driver.py '{"cases": [["http", "light", 32, 200]], ...}'`; the plan is `Plan`, the
 answer, a JSON list with an object per case, is the last line on stdout.
 """

@@ -87,12 +87,14 @@ def measure(python: Path, cases: Sequence[Case]) -> list[dict[str, float]]:
     }
     hidden = ("PYTHONPATH", "RAY_ADDRESS")  # nothing of ours is for that process
     env = {name: value for name, value in os.environ.items() if name not in hidden}
-    command = [str(python), str(DRIVER), json.dumps(plan)]
+    # -P: the driver's folder, which is ours, stays off its path.
+    command = [str(python), "-P", str(DRIVER), json.dumps(plan)]
     try:
         done = subprocess.run(command, capture_output=True, text=True, timeout=RUN_SECONDS, env=env)
     except subprocess.TimeoutExpired as error:
         raise RunError(f"agentlightning's flows took more than {RUN_SECONDS:g} s") from error
     if done.returncode:
-        raise RunError(f"agentlightning's flows failed: {done.stderr.strip()[-800:]}")
+        lines = done.stderr.strip().splitlines() or [f"exit code {done.returncode}"]
+        raise RunError(f"agentlightning's flows failed: {lines[-1][:800]}")
     found: list[dict[str, float]] = json.loads(done.stdout.strip().splitlines()[-1])
     return found
