@@ -12,6 +12,7 @@ from typing import Any
 
 import uvicorn
 
+from agl_ray.cli.store_serve import listening
 from agl_ray.store import LightningStore, StoreCore
 from agl_ray.store.doors.app import store_app
 from agl_ray.store.doors.asgi import MAX_BODY
@@ -54,7 +55,7 @@ def served(
         await server.serve(sockets=[door])
         await core.close()
 
-    with socket.create_server(("127.0.0.1", 0)) as door:
+    with listening() as door:
         thread = threading.Thread(target=lambda: asyncio.run(main(door)), name="http-store")
         thread.start()
         if not started.wait(30):

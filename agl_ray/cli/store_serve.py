@@ -17,6 +17,7 @@ from agl_ray.types import InputError, StoreError
 
 DRAIN_SECONDS = 2  # for calls in flight at the end; whoever waits longer asks again
 KEEP_ALIVE_SECONDS = 75  # idle connections; longer than our client keeps them
+BACKLOG = 2048  # connections that wait to be accepted
 OPEN_SECONDS = 120.0  # to open the journal
 
 
@@ -57,14 +58,32 @@ def _is_here(host: str) -> bool:
 
 
 def _listen(host: str, port: int) -> socket.socket:
+    """InputError where the address is taken or not of this machine."""
     try:
-        family, _, _, _, address = socket.getaddrinfo(host, port, type=socket.SOCK_STREAM)[0]
-        return socket.create_server((address[0], port), family=family, backlog=2048)
+        family, kind, _, _, address = socket.getaddrinfo(host, port, type=socket.SOCK_STREAM)[0]
+        return listening(family, kind, (address[0], port))
     except (OSError, OverflowError) as error:
         reason = getattr(error, "strerror", None) or str(error)
         raise InputError(
             f"store serve: cannot listen at {host}:{port} ({reason}); choose another --port (0: a free one) or --host"
         ) from error
+
+
+def listening(
+    family: int = socket.AF_INET,
+    kind: int = socket.SOCK_STREAM,
+    address: tuple[Any, ...] = ("127.0.0.1", 0),
+) -> socket.socket:
+    """A listening socket. Its protocol is named: only then does asyncio answer without waiting for more to send (40 ms a call)."""
+    door = socket.socket(family, kind, socket.IPPROTO_TCP)
+    try:
+        door.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)
+        door.bind(address)
+        door.listen(BACKLOG)
+    except BaseException:
+        door.close()
+        raise
+    return door
 
 
 async def _serve(
