@@ -37,13 +37,14 @@ from agl_ray.store.journals.postgres_setup import connect_arguments, migrate
 from agl_ray.store.journals.postgres_sql import (
     Bulk,
     any_of,
-    array_of,
     chunks,
     count,
     page,
     records,
     row_of,
+    spans_of,
     starts_with,
+    totals,
 )
 from agl_ray.store.journals.postgres_trouble import FAILURES, Server, parsed
 from agl_ray.store.journals.settings import PoolSettings
@@ -185,7 +186,7 @@ class PostgresJournal:
 
         async def once() -> None:
             async with engine.begin() as connection:
-                owner.must_be_ours((await connection.execute(owner.check())).scalar_one_or_none())
+                owner.must_be_ours((await connection.execute(owner.check)).scalar_one_or_none())
                 await work(connection)
 
         await self._server.persist(doing, once)
@@ -222,10 +223,10 @@ class PostgresJournal:
 
     async def _read(self, doing: str, work: Callable[[AsyncConnection], Awaitable[T]]) -> T:
         _, engine = self._engines()
+        reading = engine.execution_options(isolation_level="AUTOCOMMIT")  # of the same pool
 
         async def once() -> T:
-            async with engine.connect() as connection:
-                await connection.execution_options(isolation_level="AUTOCOMMIT")
+            async with reading.connect() as connection:
                 return await work(connection)
 
         return await self._server.persist(doing, once)
@@ -244,18 +245,12 @@ class PostgresJournal:
     async def attempts_of(self, rollout_ids: Sequence[str]) -> list[Row]:
         table = TABLES["attempt"]
         where = (table.c.run_id == self.run_id, any_of(table.c.rollout_id, rollout_ids))
-        found = records("attempt").where(*where).order_by(table.c.rollout_id, table.c.position)
-        return [row_of("attempt", row) for row in await self._all(found)]
+        found = await self._all(records("attempt").where(*where))
+        rows = [row_of("attempt", row) for row in found]
+        return sorted(rows, key=lambda row: (row.columns[0], row.position))
 
     async def span_totals(self, rollout_ids: Sequence[str]) -> list[SpanTotals]:
-        key = (SPANS.c.rollout_id, SPANS.c.attempt_id)
-        sums = (
-            sa.cast(sa.func.sum(SPANS.c.number), sa.BigInteger),
-            sa.func.max(SPANS.c.first + SPANS.c.number - 1),
-            sa.cast(sa.func.sum(SPANS.c.size), sa.BigInteger),
-        )
-        where = (SPANS.c.run_id == self.run_id, any_of(SPANS.c.rollout_id, rollout_ids))
-        found = await self._all(sa.select(*key, *sums).where(*where).group_by(*key))
+        found = await self._all(totals(self.run_id, rollout_ids))
         return [SpanTotals((row[0], row[1]), *row[2:]) for row in found]
 
     async def query(self, query: Query) -> Page:
@@ -275,20 +270,8 @@ class PostgresJournal:
 
     async def payloads(self, keys: Sequence[AttemptKey]) -> list[SpanRow]:
         names = ("batch_id", "rollout_id", "attempt_id", "first", "number", "crc", "payload")
-        wanted = list(dict.fromkeys(keys))
-        pair = sa.func.unnest(
-            *(array_of([key[i] for key in wanted], SPANS.c.rollout_id.type) for i in (0, 1))
-        ).table_valued("rollout_id", "attempt_id", with_ordinality="place", name="wanted")
-        place = pair.render_derived()
-        joined = SPANS.join(
-            place,
-            sa.and_(
-                SPANS.c.rollout_id == place.c.rollout_id, SPANS.c.attempt_id == place.c.attempt_id
-            ),
-        )
-        select = sa.select(*(SPANS.c[name] for name in names)).select_from(joined)
-        select = select.where(SPANS.c.run_id == self.run_id)
-        found = await self._all(select.order_by(place.c.place, SPANS.c.first))
+        select = spans_of(self.run_id, list(dict.fromkeys(keys)), names)
+        found = await self._all(select)
         return [self._intact(row) for row in found]
 
     def _intact(self, row: Any) -> SpanRow:

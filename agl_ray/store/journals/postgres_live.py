@@ -37,9 +37,8 @@ async def read_live(connection: AsyncConnection, run_id: str) -> Live:
     async def one(select: sa.Select[Any]) -> Any:
         return (await connection.execute(select)).one()
 
-    spans = await one(
-        sa.select(_sum(SPANS.c.number), _sum(SPANS.c.size)).where(SPANS.c.run_id == run_id)
-    )
+    sums: list[Any] = [_sum(SPANS.c.number), _sum(SPANS.c.size)]
+    spans = await one(sa.select(*sums).where(SPANS.c.run_id == run_id))
     resources = records("resources").where(RESOURCES.c.run_id == run_id)
     latest = await many(resources.order_by(RESOURCES.c.position.desc()).limit(1))
     attempts = records("attempt").where(ATTEMPT.c.run_id == run_id, ATTEMPT.c.end_reason.is_(None))

@@ -43,13 +43,19 @@ class Taken(NamedTuple):
 
 
 class Ownership:
-    """`take` it once, show `check` in every transaction that writes, `release` it at the end."""
+    """`take` it once, run `check` first in every transaction that writes, `release` it at the end."""
 
     def __init__(self, engine: AsyncEngine, server: Server) -> None:
         self._engine, self._server, self._run_id = engine, server, server.run_id
         self._connection: AsyncConnection | None = None
         self._keeper: asyncio.Task[None] | None = None
         self._backend = 0  # the server's process behind our connection
+        # Shown, and held until the transaction ends: a successor's `take` waits for it.
+        self.check = (
+            sa.select(OWNER.c.token)
+            .where(OWNER.c.run_id == self._run_id)
+            .with_for_update(read=True)
+        )
         self.token = secrets.token_hex(16)
         self.lost: StoreError | None = None
         self.losses = 0  # connections that broke
@@ -104,14 +110,6 @@ class Ownership:
             set_={**mine, "starts": OWNER.c.starts + 1, "taken_at": sa.func.now()},
         ).returning(OWNER.c.starts, OWNER.c.span_schema, OWNER.c.last_event)
         return Taken(*(await self._opened().execute(upsert)).one())
-
-    def check(self) -> sa.Select[Any]:
-        """The token, held until the transaction ends: a successor's `take` waits for it."""
-        return (
-            sa.select(OWNER.c.token)
-            .where(OWNER.c.run_id == self._run_id)
-            .with_for_update(read=True)
-        )
 
     def must_be_ours(self, token: str | None) -> None:
         if self.lost is not None:

@@ -1,6 +1,6 @@
 """Connections to PostgreSQL, and the tables there: `connect_arguments`, `migrate`.
 
-Who calls it: `agl_ray.store.journals.postgres` when it opens. Test alone: tests/integration/test_store_postgres.py.
+Who calls it: `agl_ray.store.journals.postgres` when it opens. Test alone: tests/integration/test_store_postgres_open.py.
 """
 
 from __future__ import annotations
@@ -19,13 +19,16 @@ MIGRATION_LOCK = 4_747_000_001  # any number, the same in every agl_ray
 _HEAD_SQL = sa.text(f"SELECT version_num FROM {VERSION_TABLE}")
 
 # A dead peer is noticed within half a minute by either side, so that a lost machine's locks are freed; an abandoned transaction
-# is ended; the planner does not compile queries that take milliseconds.
+# is ended; the planner does not compile queries that take milliseconds, and does not join by reading a whole table, which it
+# would before it has counted what is in it.
 _SESSION = {
     "tcp_keepalives_idle": "15",
     "tcp_keepalives_interval": "5",
     "tcp_keepalives_count": "3",
     "idle_in_transaction_session_timeout": "60s",
     "jit": "off",
+    "enable_hashjoin": "off",
+    "enable_mergejoin": "off",
 }
 _CLIENT: dict[str, Any] = {
     "connect_timeout": 10,

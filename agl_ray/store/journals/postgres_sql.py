@@ -14,11 +14,12 @@ import sqlalchemy as sa
 from sqlalchemy.dialects import postgresql as pg
 
 from agl_ray.store.journals.base import Condition, Query, Row
-from agl_ray.store.journals.postgres_schema import TABLES, Exact
+from agl_ray.store.journals.postgres_schema import SPANS, TABLES, Exact
 from agl_ray.types import InputError
 
 CHUNK_BYTES = 4 * 2**20  # of bodies or payloads in one statement
 CHUNK_ROWS = 2000
+MOST_PARTS = 8  # of a page
 LAST_CHARACTER = chr(0x10FFFF)
 
 
@@ -123,12 +124,13 @@ def row_of(kind: str, row: Sequence[Any]) -> Row:
 
 
 def page(query: Query, run_id: str) -> sa.Select[Any]:
-    """The rows of `query`. A list that goes on behind a row costs what its rows cost: each part starts inside an index."""
+    """The rows of `query`. A list costs what its rows cost, wherever it begins: each part of it starts inside an index."""
     table = TABLES[query.kind]
     where = _where(query, run_id)
     parts = [
-        _ordered(sa.select(*_columns(table)).where(where, *part), table.c, query)
+        _ordered(sa.select(*_columns(table)).where(where, *part, *choice), table.c, query)
         for part in _behind(query)
+        for choice in _choices(query)
     ]
     end = None if query.limit < 0 else query.limit + query.offset
     if len(parts) == 1:
@@ -138,6 +140,18 @@ def page(query: Query, run_id: str) -> sa.Select[Any]:
         both = sa.union_all(*limited).subquery()
         found = _ordered(sa.select(*both.c), both.c, query)
     return found.limit(None if query.limit < 0 else query.limit).offset(query.offset or None)
+
+
+def _choices(query: Query) -> list[list[sa.ColumnElement[bool]]]:
+    """Rollouts of several statuses by creation: a part per status, since the index has them one after the other. Otherwise one
+    part, of no further condition."""
+    conditions = (*query.must, *(query.where if not query.any_of or len(query.where) == 1 else ()))
+    if query.kind == "rollout" and query.order_by == "created" and query.limit >= 0:
+        for one in conditions:
+            values = list(dict.fromkeys(one.is_in or ()))
+            if one.field == "status" and 1 < len(values) <= MOST_PARTS and None not in values:
+                return [[_condition(TABLES["rollout"], one._replace(is_in=(v,)))] for v in values]
+    return [[]]
 
 
 def count(query: Query, run_id: str) -> sa.Select[Any]:
@@ -173,7 +187,13 @@ def _condition(table: sa.Table, condition: Condition) -> sa.ColumnElement[bool]:
             sa.func.strpos(sa.cast(column, sa.Text) if not _is_text(column) else column, part) > 0
         )
     values = condition.is_in or ()
-    found = any_of(column, [value for value in values if value is not None])
+    given = [value for value in values if value is not None]
+    if not given and values:
+        return column.is_(None)  # alone, so that an index is used
+    if len(given) == 1:
+        found: sa.ColumnElement[bool] = column == sa.bindparam(None, given[0], type_=column.type)
+    else:
+        found = any_of(column, given)
     return sa.or_(found, column.is_(None)) if None in values else found
 
 
@@ -212,3 +232,35 @@ def _ordered(select: sa.Select[Any], columns: Any, query: Query) -> sa.Select[An
     if query.descending:
         return select.order_by(column.desc().nulls_last(), key.desc())
     return select.order_by(column.asc().nulls_first(), key)
+
+
+def totals(run_id: str, rollout_ids: Sequence[str]) -> sa.Select[Any]:
+    """(rollout, attempt, number of spans, last sequence id, bytes) per attempt. Rollout by rollout: a range of the index each."""
+    ids = array_of(list(dict.fromkeys(rollout_ids)), SPANS.c.rollout_id.type)
+    wanted = sa.func.unnest(ids).table_valued("rollout_id", name="wanted").render_derived()
+    sums = (
+        sa.cast(sa.func.sum(SPANS.c.number), sa.BigInteger).label("number"),
+        sa.func.max(SPANS.c.first + SPANS.c.number - 1).label("last"),
+        sa.cast(sa.func.sum(SPANS.c.size), sa.BigInteger).label("size"),
+    )
+    where = (SPANS.c.run_id == run_id, SPANS.c.rollout_id == wanted.c.rollout_id)
+    attempts = sa.select(SPANS.c.rollout_id, SPANS.c.attempt_id, *sums).where(*where)
+    grouped = attempts.group_by(SPANS.c.rollout_id, SPANS.c.attempt_id).lateral()
+    return sa.select(*grouped.c).select_from(wanted.join(grouped, sa.true()))
+
+
+def spans_of(run_id: str, keys: Sequence[tuple[str, str]], names: Sequence[str]) -> sa.Select[Any]:
+    """Columns `names` of the spans of these attempts, attempt by attempt."""
+    kept = SPANS.c.rollout_id.type
+    columns = (array_of([key[0] for key in keys], kept), array_of([key[1] for key in keys], kept))
+    pairs = sa.func.unnest(*columns).table_valued(
+        "rollout_id", "attempt_id", with_ordinality="place", name="wanted"
+    )
+    wanted = pairs.render_derived()
+    same = sa.and_(
+        SPANS.c.run_id == run_id,
+        SPANS.c.rollout_id == wanted.c.rollout_id,
+        SPANS.c.attempt_id == wanted.c.attempt_id,
+    )
+    select = sa.select(*(SPANS.c[name] for name in names)).select_from(wanted.join(SPANS, same))
+    return select.order_by(wanted.c.place, SPANS.c.first)

@@ -27,13 +27,20 @@ FAILURES = (sa.exc.SQLAlchemyError, psycopg.Error, OSError)
 
 # SQLSTATE classes and codes (PostgreSQL, appendix A) after which the same work may go through a moment later.
 _PASSING = ("08", "40", "53", "57P", "25P03", "55P03", "58")
-_REFUSED = (
+# Answers to a connection that time does not mend (they come without a code).
+_REFUSED: tuple[str, ...] = (
     "authentication failed",
     "no password supplied",
     "no pg_hba.conf entry",
     "does not exist",
+    "permission denied",
+    "is not permitted",
+    "invalid connection option",
+    "invalid integer value",
+    "invalid sslmode",
+    "does not support SSL",
+    "certificate verify failed",
 )
-_REFUSED += ("permission denied", "is not permitted", "invalid", "role ", "SSL")
 
 _ADVICE = {
     "password authentication failed": "check user and password in store.url",

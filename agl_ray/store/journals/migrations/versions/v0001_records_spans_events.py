@@ -44,7 +44,8 @@ RECORDS: dict[str, list[tuple[str, sa.types.TypeEngine]]] = {
 
 INDEXES = [
     "agl_ray_rollout_created ON agl_ray_rollout (run_id, created NULLS FIRST, key)",
-    "agl_ray_rollout_status ON agl_ray_rollout (run_id, status NULLS FIRST, key)",
+    "agl_ray_rollout_status ON agl_ray_rollout (run_id, status, created NULLS FIRST, key)",
+    "agl_ray_rollout_mode ON agl_ray_rollout (run_id, mode, created NULLS FIRST, key)",
     "agl_ray_rollout_start ON agl_ray_rollout (run_id, start_time NULLS FIRST, key)",
     "agl_ray_rollout_end ON agl_ray_rollout (run_id, end_time NULLS FIRST, key)",
     "agl_ray_rollout_queue ON agl_ray_rollout (run_id, position) WHERE position > 0",
@@ -52,7 +53,8 @@ INDEXES = [
     # Open attempts have no end reason; counts per reason read this index alone.
     "agl_ray_attempt_reason ON agl_ray_attempt (run_id, end_reason NULLS FIRST, key)",
     "agl_ray_attempt_start ON agl_ray_attempt (run_id, start_time NULLS FIRST, key)",
-    "agl_ray_resources_position ON agl_ray_resources (run_id, position)",
+    "agl_ray_resources_position ON agl_ray_resources (run_id, position NULLS FIRST, key)",
+    "agl_ray_resources_created ON agl_ray_resources (run_id, create_time NULLS FIRST, key)",
 ]
 
 
