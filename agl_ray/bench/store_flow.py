@@ -137,6 +137,7 @@ class StoreFlows:
 
 async def run_flows(client: FlowClient, pid: int, number: int, in_flight: int) -> Flows:
     """`number` flows, `in_flight` at a time, after a warm-up. pid: of the store's process. RunError where the store does not have all of them afterwards."""
+    before = await client.totals()
     warm = 2 * in_flight
     await _drain(client, warm, in_flight)
     meter = Meter(pid)
@@ -144,10 +145,12 @@ async def run_flows(client: FlowClient, pid: int, number: int, in_flight: int) -
     meter.start()
     took = await _drain(client, 0, in_flight)
     meter.stop()
-    expected = (warm + number, SPANS * (warm + number))
-    if len(took) != number or await client.totals() != expected:
+    after = await client.totals()
+    done = warm + number
+    expected = (before[0] + done, before[1] + SPANS * done)
+    if len(took) != number or after != expected:
         raise RunError(
-            f"the benchmark's store has {await client.totals()} (rollouts, spans) after {len(took)} flows: expected {expected}"
+            f"the benchmark's store has {after} (rollouts, spans) after {len(took)} flows: expected {expected}"
         )
     took.sort()
     return Flows(

@@ -19,7 +19,7 @@ import psutil
 
 from agl_ray.store import LightningStore, StoreCore
 from agl_ray.store.doors.http_transport import HttpTransport
-from agl_ray.types import RunError
+from agl_ray.types import RunError, WaitTimeout
 from agl_ray.waits import wait
 
 NAMESPACE = "bench-store"
@@ -72,7 +72,9 @@ async def over_http(url: str, cache_mib: float = 256.0) -> AsyncIterator[Place]:
         assert server.stdout is not None
         reading = server.stdout.readline()
         line = await wait(reading, on="agl-ray store serve to say its address", seconds=60)
-        address = next((word.strip(",") for word in line.decode().split() if "http" in word), None)
+        address = next(
+            (word.strip(",") for word in line.decode().split() if word.startswith("http://")), None
+        )
         if address is None:
             raise RunError(f"agl-ray store serve did not start: {line.decode()!r}")
         transport = HttpTransport(address)
@@ -81,7 +83,11 @@ async def over_http(url: str, cache_mib: float = 256.0) -> AsyncIterator[Place]:
     finally:
         if server.returncode is None:
             server.terminate()
-        await wait(server.wait(), on="agl-ray store serve to end", seconds=END_SECONDS)
+        try:
+            await wait(server.wait(), on="agl-ray store serve to end", seconds=END_SECONDS)
+        except WaitTimeout:
+            server.kill()
+            raise
 
 
 @contextlib.contextmanager
