@@ -26,7 +26,8 @@ from agl_ray.learner.weights import full_state
 from agl_ray.types.errors import RunError
 
 if TYPE_CHECKING:
-    from agl_ray.config.models import AlgorithmConfig, LearnerConfig
+    from agl_ray.config.algorithm import AlgorithmConfig
+    from agl_ray.config.models import LearnerConfig
 
 METRICS = """
 Of the update: loss, grad_norm (before clipping), lr, updates (their number; loss and grad_norm are means over them, lr is the last), ratio_mean (pi / pi_old), clip_low_fraction,
