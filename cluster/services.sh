@@ -29,11 +29,17 @@ install_server() {
   echo "services.sh: installing PostgreSQL from the distribution's packages" >&2
   export DEBIAN_FRONTEND=noninteractive
   # Without the cluster that the package makes by itself: it would take port 5432.
+  local conf=/etc/postgresql-common/createcluster.d/agl-ray.conf
   { apt-get update -q && apt-get install -q -y --no-install-recommends postgresql-common &&
-    mkdir -p /etc/postgresql-common/createcluster.d &&
-    echo "create_main_cluster = false" >/etc/postgresql-common/createcluster.d/agl-ray.conf &&
+    mkdir -p "$(dirname "$conf")" && echo "create_main_cluster = false" >"$conf" &&
     apt-get install -q -y --no-install-recommends postgresql; } >&2 ||
     fail "apt-get could not install postgresql; install it by hand, or set AGL_TEST_POSTGRES_URL"
+  rm -f "$conf"
+}
+
+server_user() {
+  if [ "$(id -u)" != 0 ]; then id -un; return; fi
+  getent passwd postgres nobody | head -n 1 | cut -d: -f1
 }
 
 as_server() { # run a command as the server's user
@@ -70,7 +76,12 @@ start_server() { # on the port in $1
 }
 
 start() {
-  [ -n "$bin" ] || { install_server && bin="$(find_bin)"; }
+  if [ -z "$bin" ]; then
+    install_server
+    bin="$(find_bin)"
+    [ -n "$bin" ] || fail "postgresql was installed, but no server is in /usr/lib/postgresql or on PATH"
+    user="$(server_user)" # the package makes one
+  fi
   if running; then cat "$url_file"; return; fi
   [ -s "$data/PG_VERSION" ] || make_data
   if [ -s "$port_file" ]; then
@@ -95,8 +106,7 @@ stop() {
 }
 
 bin="$(find_bin)"
-user="$(id -un)"
-if [ "$(id -u)" = 0 ]; then user="$(getent passwd postgres nobody | head -n 1 | cut -d: -f1)"; fi
+user="$(server_user)"
 case "$verb" in
   start) start ;;
   stop) stop ;;
