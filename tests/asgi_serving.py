@@ -14,7 +14,9 @@ import uvicorn
 @contextlib.asynccontextmanager
 async def serving(app: Any) -> AsyncIterator[str]:
     """Serve `app` on a free port until the block ends; its address."""
-    with socket.create_server(("127.0.0.1", 0)) as listener:
+    # With its protocol named, the event loop sends small answers at once instead of holding them back 40 ms.
+    with socket.socket(socket.AF_INET, socket.SOCK_STREAM, socket.IPPROTO_TCP) as listener:
+        listener.bind(("127.0.0.1", 0))
         server = uvicorn.Server(uvicorn.Config(app, log_level="warning", lifespan="off"))
         task = asyncio.create_task(server.serve([listener]))
         try:

@@ -174,11 +174,12 @@ def triplets(events: Iterable[Event]) -> list[Event]:
     prompts = [
         event.data["prompt_token_ids"] if event.event_type == REQUEST else [] for event in trimmed
     ]
-    last = {msgspec.json.encode(prompt): place for place, prompt in enumerate(prompts)}
+    keys = [msgspec.json.encode(prompt) for prompt in prompts]
+    last = {key: place for place, key in enumerate(keys)}
     return [
         event
-        for place, (event, prompt) in enumerate(zip(trimmed, prompts, strict=True))
-        if not prompt or last[msgspec.json.encode(prompt)] == place
+        for place, event in enumerate(trimmed)
+        if not prompts[place] or last[keys[place]] == place
     ]
 
 
