@@ -54,6 +54,7 @@ def test_what_the_url_says_goes_first() -> None:
     assert found["options"].endswith("-c search_path=mine")
     assert "idle_in_transaction_session_timeout" in found["options"]
     assert found["application_name"] == "agl-ray store run"
+    assert connect_arguments(url, "a\0b")["application_name"] == "agl-ray store a?b"
 
 
 def test_locks_of_runs_differ_and_stay() -> None:

@@ -31,6 +31,7 @@ log = logging.getLogger("agl_ray.store")
 LOCK_SECONDS = 10.0  # a killed store's connection may outlive it for a moment
 RESTART_LOCK_SECONDS = 60.0  # and for half a minute where its machine died with it
 CLOSE_SECONDS = 5.0
+AGAIN_SECONDS = 5.0  # after an error that trying again at once does not mend
 LOCK_NOT_AVAILABLE = "55P03"
 
 
@@ -138,6 +139,7 @@ class Ownership:
                 log.error("%s", error)
                 if self.lost is not None:
                     return
+                await asyncio.sleep(AGAIN_SECONDS)
 
     async def _until_broken(self) -> None:
         """An idle connection is told by the kernel when its server has gone."""

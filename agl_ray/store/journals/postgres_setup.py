@@ -42,7 +42,8 @@ def connect_arguments(url: sa.URL, run_id: str) -> dict[str, Any]:
     """What psycopg gets beside the URL; what the URL says itself goes first."""
     options = " ".join(f"-c {name}={value}" for name, value in _SESSION.items())
     given = url.query.get("options", "")
-    ours = {**_CLIENT, "application_name": f"agl-ray store {run_id}"[:60]}
+    plain = "".join(char if " " <= char <= "~" else "?" for char in f"agl-ray store {run_id}")
+    ours = {**_CLIENT, "application_name": plain[:60]}
     named = {name: value for name, value in ours.items() if name not in url.query}
     return {**named, "options": f"{options} {given if isinstance(given, str) else ' '.join(given)}"}
 
