@@ -62,9 +62,10 @@ class WireServer:
         self._countdown: int | None = None
         self._after = False
         self._dead = False
+        self.deaths = 0
         self._server = Listener(("127.0.0.1", 0), self)
         self._thread = threading.Thread(
-            target=self._server.serve_forever, args=(0.05,), daemon=True
+            target=self._server.serve_forever, args=(0.01,), daemon=True
         )
 
     @property
@@ -95,6 +96,7 @@ class WireServer:
     def die(self) -> None:
         with self._lock:
             self._dead = True
+            self.deaths += 1
             if self._transaction is not None:
                 self._end_transaction(commit=False)
             for one in self._sockets:

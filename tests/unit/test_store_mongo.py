@@ -304,7 +304,7 @@ def test_a_server_that_is_not_there_is_a_store_error_without_the_password() -> N
     url = "mongodb://me:secret@127.0.0.1:9/other?serverSelectionTimeoutMS=200"
     expected = r"mongodb 127\.0\.0\.1:9, database 'other', run 'r'.*start the server"
     with pytest.raises(StoreError, match=expected) as lost:
-        run(_open(lambda: MongoJournal(url, "r", seconds=0.5)))
+        run(_open(lambda: MongoJournal(url, "r", seconds=3)))
     assert "secret" not in str(lost.value)
 
 

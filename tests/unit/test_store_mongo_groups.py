@@ -8,13 +8,11 @@ from __future__ import annotations
 import asyncio
 import contextlib
 import os
-import secrets
-from collections.abc import Coroutine, Iterator
+import random
+from collections.abc import Callable, Coroutine
 from typing import Any
 
 import pytest
-from hypothesis import given, settings
-from hypothesis import strategies as st
 from mongo_wire import WireServer
 
 from agl_ray.store.journals import mongo_groups, mongo_trouble
@@ -80,173 +78,184 @@ def run(test: Coroutine[Any, Any, None]) -> None:
     asyncio.run(test)
 
 
-@pytest.fixture(params=[False, True], ids=["wire-standalone", "wire-replica-set"])
-def wire(request: pytest.FixtureRequest) -> Iterator[WireServer]:
-    with WireServer(replica_set=request.param) as server:
-        yield server
+def journal_of(wire: WireServer, run_id: str = "run") -> MongoJournal:
+    return MongoJournal(wire.url, run_id, seconds=20, lease_seconds=0.15)
 
 
-def journal_of(wire: WireServer, run_id: str, seconds: float = 20.0) -> MongoJournal:
-    return MongoJournal(wire.url, run_id, seconds=seconds, lease_seconds=0.2)
+def mortal(wire: WireServer) -> MongoJournal:
+    """A journal whose commands are only those of its calls: its count does not move in between."""
+    return MongoJournal(wire.url, "run", seconds=20, lease_seconds=60)
 
 
-def mortal(wire: WireServer, run_id: str, monkeypatch: pytest.MonkeyPatch) -> MongoJournal:
-    """A journal that gives up at the first fault (the driver itself repeats transactions for a while)."""
+@pytest.fixture
+def hasty(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Every fault is final."""
     monkeypatch.setattr(mongo_trouble, "_passes", lambda error: False)
-    return journal_of(wire, run_id, seconds=1.0 if wire.replica_set else 20.0)
 
 
-async def kill(journal: MongoJournal, monkeypatch: pytest.MonkeyPatch) -> None:
+async def kill(journal: MongoJournal) -> None:
     """Its store is gone without a word: nothing is given back."""
     if journal._owner is not None and journal._owner._keeper is not None:
         journal._owner._ended = True
         journal._owner._keeper.cancel()
         journal._owner = None
     await journal.close()
-    monkeypatch.undo()
 
 
-async def reopened(wire: WireServer, run_id: str) -> tuple[MongoJournal, Seen]:
-    journal = journal_of(wire, run_id)
+async def reopened(wire: WireServer) -> tuple[MongoJournal, Seen]:
+    journal = journal_of(wire)
     seen = Seen()
     seen.live = await journal.open(must_exist=True)
     return journal, await seen.look(journal)
 
 
-@pytest.mark.parametrize("small_parts", [False, True])
-@pytest.mark.parametrize("after", [False, True])
+async def acknowledged(call: Coroutine[Any, Any, Any]) -> bool:
+    try:
+        await call
+    except StoreError:
+        return False
+    return True
+
+
+both = pytest.mark.parametrize(
+    "replica_set", [False, True], ids=["wire-standalone", "wire-replica-set"]
+)
+either_way = pytest.mark.parametrize("after", [False, True], ids=["undone", "unanswered"])
+Attempt = Callable[[int, WireServer], Coroutine[Any, Any, None]]
+
+
+def at_every_command(replica_set: bool, most: int, attempt: Attempt) -> None:
+    """`attempt(place, wire)` for every place below `most`, each with a server of its own, of which the last is not reached."""
+
+    async def test() -> None:
+        few = asyncio.Semaphore(6)
+
+        async def one(place: int) -> bool:
+            async with few:
+                with WireServer(replica_set=replica_set) as wire:
+                    await attempt(place, wire)
+                    return wire.deaths > 0
+
+        died = await asyncio.gather(*(one(place) for place in range(most)))
+        assert died[0]
+        assert not died[-1], "the call has more commands than were tried"
+
+    asyncio.run(test())
+
+
+@both
+@either_way
+@pytest.mark.parametrize("size", [CHUNK_BYTES, 1200], ids=["one-part", "many-parts"])
+@pytest.mark.usefixtures("hasty")
 def test_a_write_cut_off_at_any_command_is_there_or_not(
-    wire: WireServer, after: bool, small_parts: bool, monkeypatch: pytest.MonkeyPatch
+    replica_set: bool, after: bool, size: int, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     """The server dies at the k-th command of the second write, for every k; a new store opens when it is back."""
-    size = 1200 if small_parts else CHUNK_BYTES
+    monkeypatch.setattr(mongo_groups, "CHUNK_BYTES", size)
     outcomes: list[tuple[bool, bool]] = []
 
-    async def test() -> None:
-        for place in range(100):
-            run_id = secrets.token_hex(4)
-            journal = mortal(wire, run_id, monkeypatch)
-            monkeypatch.setattr(mongo_groups, "CHUNK_BYTES", size)
-            await journal.open()
-            await journal.write(*group(1))
-            wire.break_at(place, after=after)
-            try:
-                await journal.write(*group(2))
-                acknowledged = True
-            except StoreError:
-                acknowledged = False
-            reached = wire.dead
-            await kill(journal, monkeypatch)
-            wire.revive()
-            again, seen = await reopened(wire, run_id)
-            assert seen.is_group(2) or (seen.is_group(1) and not acknowledged), (place, vars(seen))
-            outcomes.append((acknowledged, seen.is_group(2)))
-            await again.write(*group(2 if seen.is_group(1) else 3))
-            await again.close()
-            last, seen = await reopened(wire, run_id)
-            assert seen.is_group(3 if outcomes[-1][1] else 2)
-            await last.close()
-            if not reached:
-                return
-        raise AssertionError("the write has no end")
+    async def attempt(place: int, wire: WireServer) -> None:
+        journal = mortal(wire)
+        await journal.open()
+        await journal.write(*group(1))
+        wire.break_at(place, after=after)
+        done = await acknowledged(journal.write(*group(2)))
+        await kill(journal)
+        wire.revive()
+        again, seen = await reopened(wire)
+        there = seen.is_group(2)
+        assert there or (seen.is_group(1) and not done), (place, vars(seen))
+        await again.write(*group(3 if there else 2))
+        await again.close()
+        last, seen = await reopened(wire)
+        assert seen.is_group(3 if there else 2), (place, vars(seen))
+        await last.close()
+        outcomes.append((done, there))
 
-    run(test())
-    assert outcomes[-1] == (True, True), "no fault was left to come"
-    assert len(outcomes) >= 4, outcomes
-    assert (False, False) in outcomes
+    at_every_command(replica_set, 16, attempt)
+    assert {(True, True), (False, False)} <= set(outcomes)
 
 
-def test_a_server_that_dies_and_comes_back_meanwhile_doubles_nothing(wire: WireServer) -> None:
-    """The same journal goes on by itself: what was carried out and not answered is done a second time, harmlessly."""
+@both
+@either_way
+@pytest.mark.usefixtures("hasty")
+def test_a_forget_cut_off_is_done_or_not(replica_set: bool, after: bool) -> None:
+    async def attempt(place: int, wire: WireServer) -> None:
+        journal = mortal(wire)
+        await journal.open()
+        await journal.write(*group(1))
+        wire.break_at(place, after=after)
+        done = await acknowledged(journal.forget(["a"]))
+        await kill(journal)
+        wire.revive()
+        again, seen = await reopened(wire)
+        gone = "a" not in seen.rollouts
+        assert gone or not done
+        assert bool(seen.batches) != gone
+        assert bool(await again.attempts_of(["a"])) != gone
+        assert seen.live.num_spans == (0 if gone else 3)
+        await again.close()
 
-    async def test() -> None:
-        for place in range(8):
-            for after in (False, True):
-                run_id = secrets.token_hex(4)
-                journal = journal_of(wire, run_id, seconds=20)
-                await journal.open()
-                await journal.write(*group(1))
-                wire.break_at(place, after=after)
-                asyncio.get_running_loop().call_later(0.3, wire.revive)
-                await journal.write(*group(2))
-                await asyncio.sleep(0.35)  # until it has been revived, also where it never died
-                await journal.write(*group(3))
-                await journal.close()
-                again, seen = await reopened(wire, run_id)
-                assert seen.is_group(3), (place, after, vars(seen))
-                await again.close()
-
-    run(test())
-
-
-@pytest.mark.parametrize("after", [False, True])
-def test_a_forget_cut_off_is_done_or_not(
-    wire: WireServer, after: bool, monkeypatch: pytest.MonkeyPatch
-) -> None:
-    async def test() -> None:
-        for place in range(100):
-            run_id = secrets.token_hex(4)
-            journal = mortal(wire, run_id, monkeypatch)
-            await journal.open()
-            await journal.write(*group(1))
-            wire.break_at(place, after=after)
-            try:
-                await journal.forget(["a"])
-                acknowledged = True
-            except StoreError:
-                acknowledged = False
-            reached = wire.dead
-            await kill(journal, monkeypatch)
-            wire.revive()
-            again, seen = await reopened(wire, run_id)
-            gone = "a" not in seen.rollouts
-            assert gone or not acknowledged
-            assert bool(seen.batches) != gone
-            assert bool(await again.attempts_of(["a"])) != gone
-            assert seen.live.num_spans == (0 if gone else 3)
-            await again.close()
-            if not reached:
-                return
-        raise AssertionError("forget has no end")
-
-    run(test())
+    at_every_command(replica_set, 10, attempt)
 
 
-@pytest.mark.parametrize("after", [False, True])
-def test_an_opening_cut_off_can_be_repeated(
-    wire: WireServer, after: bool, monkeypatch: pytest.MonkeyPatch
-) -> None:
+@both
+@either_way
+@pytest.mark.usefixtures("hasty")
+def test_an_opening_cut_off_can_be_repeated(replica_set: bool, after: bool) -> None:
     """Dies while it finishes the write that died before."""
 
-    async def test() -> None:
-        for place in range(100):
-            run_id = secrets.token_hex(4)
-            journal = mortal(wire, run_id, monkeypatch)
-            await journal.open()
-            await journal.write(*group(1))
-            wire.break_at(3, after=True)
-            try:
-                await journal.write(*group(2))
-                acknowledged = True
-            except StoreError:
-                acknowledged = False
-            await kill(journal, monkeypatch)
-            wire.revive()
-            journal = mortal(wire, run_id, monkeypatch)
-            wire.break_at(place, after=after)
-            with contextlib.suppress(StoreError):
-                await journal.open()
-            reached = wire.dead
-            await kill(journal, monkeypatch)
-            wire.revive()
-            again, seen = await reopened(wire, run_id)
-            assert seen.is_group(2) or (seen.is_group(1) and not acknowledged), (place, vars(seen))
-            await again.close()
-            if not reached:
-                return
-        raise AssertionError("open has no end")
+    async def attempt(place: int, wire: WireServer) -> None:
+        journal = mortal(wire)
+        await journal.open()
+        await journal.write(*group(1))
+        wire.break_at(3, after=True)
+        done = await acknowledged(journal.write(*group(2)))
+        await kill(journal)
+        wire.revive()
+        wire.deaths = 0
+        journal = MongoJournal(wire.url, "run", seconds=20, lease_seconds=0.15)
+        wire.break_at(place, after=after)
+        await acknowledged(journal.open())
+        await kill(journal)
+        wire.revive()
+        again, seen = await reopened(wire)
+        assert seen.is_group(2) or (seen.is_group(1) and not done), (place, vars(seen))
+        await again.close()
 
-    run(test())
+    at_every_command(replica_set, 60, attempt)
+
+
+@both
+@either_way
+def test_a_server_that_dies_and_comes_back_meanwhile_doubles_nothing(
+    replica_set: bool, after: bool
+) -> None:
+    """The same journal goes on by itself: what was carried out and not answered is done a second time, harmlessly."""
+
+    async def attempt(place: int, wire: WireServer) -> None:
+        journal = journal_of(wire)
+        await journal.open()
+        await journal.write(*group(1))
+        wire.break_at(place, after=after)
+        reviving = asyncio.ensure_future(_revive_when_dead(wire))
+        await journal.write(*group(2))
+        wire.break_at(1000, after=False)
+        await journal.write(*group(3))
+        reviving.cancel()
+        await journal.close()
+        again, seen = await reopened(wire)
+        assert seen.is_group(3), (place, after, vars(seen))
+        await again.close()
+
+    at_every_command(replica_set, 14, attempt)
+
+
+async def _revive_when_dead(wire: WireServer) -> None:
+    while True:
+        await asyncio.sleep(0.1)
+        if wire.dead:
+            wire.revive()
 
 
 def test_a_store_that_comes_late_changes_nothing() -> None:
@@ -254,7 +263,7 @@ def test_a_store_that_comes_late_changes_nothing() -> None:
 
     async def test() -> None:
         with WireServer(replica_set=False) as wire:
-            old = journal_of(wire, "run", seconds=10)
+            old = journal_of(wire)
             await old.open()
             await old.write(*group(1))
             groups = old._groups
@@ -272,7 +281,7 @@ def test_a_store_that_comes_late_changes_nothing() -> None:
             groups._apply = slow  # type: ignore[method-assign]
             writing = asyncio.ensure_future(old.write(*group(2)))
             await asyncio.sleep(0.1)
-            new, seen = await reopened(wire, "run")
+            new, seen = await reopened(wire)
             assert seen.is_group(2), "its commit had happened"
             await new.write(*group(3))
             late.set()
@@ -280,7 +289,7 @@ def test_a_store_that_comes_late_changes_nothing() -> None:
             with pytest.raises(StoreError, match="taken this run over"):
                 await old.write(*group(4))
             await new.close()
-            again, seen = await reopened(wire, "run")
+            again, seen = await reopened(wire)
             assert seen.is_group(3), vars(seen)
             await again.close()
             await old.close()
@@ -288,28 +297,35 @@ def test_a_store_that_comes_late_changes_nothing() -> None:
     run(test())
 
 
-@settings(max_examples=10, deadline=None)
-@given(st.lists(st.tuples(st.integers(0, 12), st.booleans()), max_size=4), st.booleans())
-def test_deaths_in_any_order(deaths: list[tuple[int, bool]], replica_set: bool) -> None:
-    async def test() -> None:
-        with WireServer(replica_set=replica_set) as wire, pytest.MonkeyPatch.context() as patch:
+@both
+@pytest.mark.usefixtures("hasty")
+def test_deaths_in_any_order(replica_set: bool) -> None:
+    """Histories of stores that die, each at a random command of a life of an opening and three writes."""
+
+    async def history(seed: int) -> None:
+        chance = random.Random(seed)
+        with WireServer(replica_set=replica_set) as wire:
             number = 0
-            for place, after in [(100, False), *deaths]:
-                journal = mortal(wire, "run", patch)
-                wire.break_at(place + 15, after=after)
-                acknowledged = number
+            for life in range(4):
+                journal = MongoJournal(wire.url, "run", seconds=20, lease_seconds=0.15)
+                place = chance.randrange(20, 60) if life else 1000
+                wire.break_at(place, after=chance.random() < 0.5)
+                said = number
                 with contextlib.suppress(StoreError):
                     await journal.open()
                     for following in range(number + 1, number + 4):
                         await journal.write(*group(following))
-                        acknowledged = following
-                await kill(journal, patch)
+                        said = following
+                await kill(journal)
                 wire.revive()
-                again, seen = await reopened(wire, "run")
-                number = max(seen.rollouts.values())
-                assert acknowledged <= number <= acknowledged + 1
-                assert seen.is_group(number), vars(seen)
+                again, seen = await reopened(wire)
+                number = max(seen.rollouts.values(), default=0)
+                assert said <= number <= said + 1
+                assert seen.is_group(number), (seed, life, vars(seen))
                 await again.close()
+
+    async def test() -> None:
+        await asyncio.gather(*(history(seed) for seed in range(8)))
 
     run(test())
 
@@ -319,7 +335,7 @@ def test_parts_of_many_sizes_come_back_whole(monkeypatch: pytest.MonkeyPatch) ->
 
     async def test() -> None:
         with WireServer(replica_set=False) as wire:
-            journal = journal_of(wire, "run", seconds=30)
+            journal = journal_of(wire)
             await journal.open()
             payload = os.urandom(30 * 2**20)
             small = [SpanRow(f"s{i}", ("a", "at"), 2 + i, 1, os.urandom(2**20)) for i in range(20)]
@@ -334,7 +350,7 @@ def test_parts_of_many_sizes_come_back_whole(monkeypatch: pytest.MonkeyPatch) ->
             with pytest.raises(StoreError, match="killed"):
                 await journal.write([row("rollout", "a", 1)], spans)
             await journal.close()
-            again, _ = await reopened(wire, "run")
+            again, _ = await reopened(wire)
             assert await again.payloads([("a", "at")]) == spans
             await again.close()
 

@@ -3,13 +3,15 @@
 from __future__ import annotations
 
 import asyncio
-from collections.abc import Coroutine, Sequence
+import itertools
+from collections.abc import Callable, Coroutine, Sequence
 from pathlib import Path
 from typing import Any
 
 import pytest
 from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
+from journal_contract import JournalContract, Storage
 
 from agl_ray.ops.encryption import FieldCipher
 from agl_ray.store.journals.base import EventRow, Journal, Row, SpanRow
@@ -63,6 +65,30 @@ class Breaking(MemoryJournal):
 
     async def forget(self, rollout_ids: Sequence[str]) -> None:
         await self._call(super().forget(rollout_ids))
+
+
+class TestOutsideMemory(JournalContract):
+    @pytest.fixture
+    def storage(self, tmp_path: Path) -> Storage:
+        def fresh() -> Callable[[], Journal]:
+            inner = MemoryJournal()
+            return lambda: Outside(inner, tmp_path.as_uri(), over_kib=0)
+
+        return Storage(fresh, examples=25, keeps_last_event=False)
+
+
+class TestEncryptedOutsideSqlite(JournalContract):
+    @pytest.fixture
+    def storage(self, tmp_path: Path) -> Storage:
+        numbers, key = itertools.count(), FieldCipher.new_key()
+
+        def fresh() -> Callable[[], Journal]:
+            path = tmp_path / f"{next(numbers)}.db"
+            uri = (tmp_path / "payloads").as_uri()
+            return lambda: Encrypted(Outside(SqliteJournal(path), uri, over_kib=0), "fernet", [key])
+
+        limits = {"any_id": False, "keeps_last_event": False}  # of SQLite
+        return Storage(fresh, examples=15, exact_sizes=False, **limits)
 
 
 def test_large_payloads_are_files_and_small_ones_are_not(tmp_path: Path) -> None:

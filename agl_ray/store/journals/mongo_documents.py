@@ -3,7 +3,7 @@
 What it is: pure functions. Every `_id` begins with the run's name, so runs share collections; a record's `_id` is `run/key`, which sorts as its
 key does. Documents carry `group`, the number of the write they came with (see `mongo_groups`). A payload above CHUNK_BYTES rests in
 documents of its own, because a document may have 16 MiB.
-Who calls it: `agl_ray.store.journals.mongo` and its parts. Test alone: tests/unit/test_store_mongo_documents.py.
+Who calls it: `agl_ray.store.journals.mongo` and its parts. Test alone: tests/unit/test_store_mongo_parts.py.
 """
 
 from __future__ import annotations

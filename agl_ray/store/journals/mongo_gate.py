@@ -3,7 +3,7 @@
 What it is: `Gate`. MongoDB shows a write of several documents bit by bit where it has no transactions, and a cursor may see a
 transaction's half; so reads of the one store that owns a run keep out of the moment in which a write becomes visible. A
 writer that waits goes before readers that come later.
-Who calls it: `agl_ray.store.journals.mongo`. Test alone: tests/unit/test_store_mongo_gate.py.
+Who calls it: `agl_ray.store.journals.mongo`. Test alone: tests/unit/test_store_mongo_parts.py.
 """
 
 from __future__ import annotations

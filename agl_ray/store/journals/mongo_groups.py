@@ -15,7 +15,8 @@ Who calls it: `agl_ray.store.journals.mongo`. Test alone: tests/unit/test_store_
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import AsyncIterator, Callable, Iterator, Mapping, Sequence
+from contextlib import asynccontextmanager
 from typing import Any, NamedTuple
 
 from bson import Binary, decode, encode
@@ -84,12 +85,9 @@ class Groups:
         if "setName" not in hello and hello.get("msg") != "isdbgrid":
             return False
 
-        async def look(session: AsyncClientSession) -> None:
-            await self._database[OWNER].find_one({"_id": self._run_id}, session=session)
-
         try:
-            async with self._client.start_session() as session:
-                await session.with_transaction(look)
+            async with self._transaction() as session:
+                await self._database[OWNER].find_one({"_id": self._run_id}, session=session)
         except OperationFailure as error:
             if error.code not in _NO_TRANSACTIONS:
                 raise
@@ -135,23 +133,22 @@ class Groups:
             await self._server.persist(doing, lambda: self._apply(group, number))
 
     async def _transact(self, group: Group, number: int) -> None:
-        async def work(session: AsyncClientSession) -> bool:
-            """False: not ours."""
+        async with self._transaction() as session:
             changed = {"group": number, "parts": 0, "last_event": group.last_event}
             before = await self._database[OWNER].find_one_and_update(
                 self._owner.condition, {"$set": changed, "$inc": {"beat": 1}}, session=session
             )
-            if before is None:
-                return False
-            if before["group"] < number:  # else it was committed and the answer lost
+            if before is not None and before["group"] < number:  # else the answer was lost
                 for name, writes in _writes(self._run_id, group, None).items():
                     await self._database[name].bulk_write(writes, ordered=True, session=session)
-            return True
-
-        async with self._client.start_session() as session:
-            ours = await session.with_transaction(work)
-        if not ours:
+        if before is None:
             raise await self._owner.lose()
+
+    @asynccontextmanager
+    async def _transaction(self) -> AsyncIterator[AsyncClientSession]:
+        """Committed at its end. Not the driver's `with_transaction`: that one goes on for two minutes, whatever our deadline is."""
+        async with self._client.start_session() as session, await session.start_transaction():
+            yield session
 
     async def _commit(self, group: Group, number: int) -> None:
         """Steps 1 and 2."""

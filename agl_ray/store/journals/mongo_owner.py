@@ -15,6 +15,7 @@ import os
 import secrets
 import socket
 from collections.abc import Callable
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -80,7 +81,7 @@ class Ownership:
                 first_beat = first_beat or beat
             still = loop.time() - since >= self._lease
             if there["token"] is None or still or _is_dead(there["process"]):
-                if await self._server.persist("take it", lambda old=there: self._swap(old)):
+                if await self._server.persist("take it", partial(self._swap, there)):
                     break
                 continue
             if beat != first_beat and loop.time() - start >= self._lease:

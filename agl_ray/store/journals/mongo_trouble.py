@@ -2,7 +2,7 @@
 
 What it is: `Server`, the name of a journal's place (never with its password) and `persist`, which runs one piece of work until it is
 done, its error is final, or the deadline is over. The work must be harmless when repeated: an answer may be lost after it was done.
-Who calls it: `agl_ray.store.journals.mongo` and its parts. Test alone: tests/unit/test_store_mongo_trouble.py.
+Who calls it: `agl_ray.store.journals.mongo` and its parts. Test alone: tests/unit/test_store_mongo_parts.py.
 """
 
 from __future__ import annotations
@@ -36,7 +36,11 @@ FAILURES = (PyMongoError, BSONError, OSError)
 
 # Codes after which the same work may go through a moment later (shutting down, no primary yet, write conflict, ...).
 _PASSING = {6, 7, 89, 91, 112, 189, 251, 262, 9001, 10107, 11600, 11602, 13435, 13436}
-_PASSING_LABELS = ("RetryableWriteError", "TransientTransactionError")
+_PASSING_LABELS = (
+    "RetryableWriteError",
+    "TransientTransactionError",
+    "UnknownTransactionCommitResult",
+)
 
 _ADVICE = {
     "Authentication failed": "check user, password and authSource in store.url",
@@ -79,7 +83,7 @@ class Server:
             "maxPoolSize": pool.size + pool.max_overflow,
             "maxIdleTimeMS": int(pool.recycle * 1000) if pool.recycle > 0 else None,
             "waitQueueTimeoutMS": int(pool.timeout * 1000),
-            "serverSelectionTimeoutMS": 5000,
+            "serverSelectionTimeoutMS": 3000,  # twice for a read, within OPEN_SECONDS
             "connectTimeoutMS": 5000,
             "appname": f"agl_ray {self.run_id}"[:100],
         }
