@@ -132,8 +132,8 @@ class Archive:
 
 
 def span_table(rows: Sequence[SpanRow]) -> pa.Table:
-    """Payloads as a table in `SPANS`, sequence ids filled in."""
-    table = table_of([join(rows)])
+    """Payloads as a table in `SPANS`, sequence ids filled in. In one piece: a piece per payload would weigh more than small spans do."""
+    table = table_of([join(rows)]).combine_chunks()
     ids = np.repeat(
         np.array([row.batch_id for row in rows], dtype=object), [r.number for r in rows]
     )
