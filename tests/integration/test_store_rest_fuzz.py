@@ -35,8 +35,8 @@ CHECKS = [
 
 
 @pytest.fixture(scope="module")
-def server() -> Iterator[Served]:
-    with served() as running:
+def server(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Served]:
+    with served(f"sqlite:///{tmp_path_factory.mktemp('fuzz')}/store.db") as running:
 
         async def fill() -> None:
             store = running.client()
