@@ -46,6 +46,7 @@ _ADVICE = {
     "Authentication failed": "check user, password and authSource in store.url",
     "requires authentication": "store.url has no user and password: mongodb://USER:PASSWORD@HOST:PORT/?authSource=admin",
     "not authorized": "give the user of store.url the role readWrite on this database",
+    "Connect call failed": "start the server, or check host and port in store.url",
     "onnection refused": "start the server, or check host and port in store.url",
     "Name or service not known": "check the host in store.url",
     "not known": "check the host in store.url",
@@ -141,6 +142,8 @@ def _passes(error: BaseException) -> bool:
 
 
 def _text_of(error: BaseException) -> str:
-    """The first sentence, without the driver's description of its topology."""
-    text = " ".join(str(error).split(", full error")[0].split(", Topology Description")[0].split())
+    """The first sentence, without the driver's description of its topology and timeouts."""
+    text = " ".join(str(error).split())
+    for more in (", full error", ", Topology Description", ", Timeout: ", " (configured timeouts"):
+        text = text.split(more)[0]
     return text[:400] or type(error).__name__
