@@ -26,7 +26,7 @@ from typing import Any
 from agl_ray.bench.peers import agentlightning_env as agentlightning
 from agl_ray.bench.store_flow import FlowClient, StoreFlows, run_flows
 from agl_ray.bench.store_growth import measure_growth, worst
-from agl_ray.bench.store_keys import FLOWS, PEER_FLOWS, RATIOS, FlowCase
+from agl_ray.bench.store_keys import CPU_RATIOS, FLOWS, PEER_FLOWS, RATIOS, FlowCase
 from agl_ray.bench.store_load import calls, sustained
 from agl_ray.bench.store_naive import NaiveFlows, naive_actor
 from agl_ray.bench.store_places import in_actor, in_process, local_ray, over_http
@@ -153,9 +153,9 @@ def _ratios(numbers: Numbers) -> Numbers:
         for name, (ours, theirs) in RATIOS.items()
         if f"flow_{theirs}_per_s" in numbers
     }
-    if "flow_peer_http_32_cpu_ms" in numbers:
-        theirs, ours = numbers["flow_peer_http_32_cpu_ms"], numbers["flow_actor_32_cpu_ms"]
-        ratios["flow_cpu_ratio_http"] = theirs / ours
+    for name, (ours, theirs) in CPU_RATIOS.items():
+        if f"flow_{theirs}_cpu_ms" in numbers:
+            ratios[name] = numbers[f"flow_{theirs}_cpu_ms"] / numbers[f"flow_{ours}_cpu_ms"]
     return ratios
 
 

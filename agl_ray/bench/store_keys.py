@@ -87,13 +87,22 @@ RATIOS: dict[str, tuple[str, str]] = {
 }
 """Flows per second of the first case divided by those of the second."""
 
+CPU_RATIOS = {
+    "flow_cpu_ratio_http": ("actor_32", "peer_http_32"),
+    "flow_heavy_cpu_ratio_http": ("actor_heavy_32", "peer_http_heavy_32"),
+}
+"""CPU time per flow (client and store) of the second case divided by that of the first: hardly moved by a busy machine."""
+
 KEYS = {
     **{
         name: f"flows per second, {ours} / {theirs}"
         + (" (only with --against agentlightning)" if theirs.startswith("peer") else "")
         for name, (ours, theirs) in RATIOS.items()
     },
-    "flow_cpu_ratio_http": "CPU per flow, peer_http_32 / actor_32 (hardly moved by a busy machine)",
+    **{
+        name: f"CPU per flow, {theirs} / {ours} (hardly moved by a busy machine)"
+        for name, (ours, theirs) in CPU_RATIOS.items()
+    },
     "spans_per_s": "sustained into one store actor, SQLite with synchronous=FULL: 4 writers, 64 spans a batch",
     "append_p50_ms": "median of an add_spans call in that load, until it is on disk",
     "append_p99_ms": "its 99th percentile",
