@@ -250,6 +250,27 @@ def test_a_forget_that_dies_is_finished_or_undone(tmp_path: Path, at: int, after
     run(test())
 
 
+def test_it_can_be_read_beside_its_owner(tmp_path: Path) -> None:
+    async def test() -> None:
+        inner = Breaking()
+        owner = Outside(inner, tmp_path.as_uri())
+        await open_checked(owner)
+        await owner.write([ROLLOUT], [large("a")])
+        inner.at = 0
+        with pytest.raises(StoreError, match="the power went"):
+            await owner.write([], [large("b", 2)])  # its file may be one of a commit under way
+        beside = Outside(inner, tmp_path.as_uri(), reading=True)
+        live = await open_checked(beside)
+        assert live.span_bytes == 50_000
+        assert await beside.payloads([KEY]) == [large("a")]
+        for call in (beside.write([ROLLOUT], []), beside.forget(["ro-1"])):
+            with pytest.raises(StoreError, match="for reading alone"):
+                await call
+        assert len(files(tmp_path)) == 2
+
+    run(test())
+
+
 def test_missing_short_and_damaged_files_are_named(tmp_path: Path) -> None:
     async def test() -> None:
         journal = Outside(MemoryJournal(), tmp_path.as_uri())

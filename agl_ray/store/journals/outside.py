@@ -82,9 +82,13 @@ class _Kept(NamedTuple):
 
 
 class Outside:
-    """`journal` with payloads above `over_kib` KiB as files under `uri`. Its owner opens and closes only this one."""
+    """`journal` with payloads above `over_kib` KiB as files under `uri`. Its owner opens and closes only this one.
 
-    def __init__(self, journal: Journal, uri: str, over_kib: int = OVER_KIB) -> None:
+    reading: beside the owner, over a journal that is opened for reading alone; nothing is tidied, nothing can be written."""
+
+    def __init__(
+        self, journal: Journal, uri: str, over_kib: int = OVER_KIB, *, reading: bool = False
+    ) -> None:
         self._inner = journal
         self._uri = uri
         self._over = over_kib * 1024
@@ -92,7 +96,8 @@ class Outside:
         self._files: Segments | None = None
         self._mark = _Mark("", "")
         self._turn = asyncio.Lock()  # of those who change the mark
-        self._failed = False
+        self._refused: str | None = "it was opened for reading alone" if reading else None
+        self._reading = reading
         self.marks = frozenset({OUTSIDE}) | getattr(journal, "marks", frozenset())
 
     @property
@@ -116,6 +121,8 @@ class Outside:
         mark = _Mark(uuid.uuid4().hex, "") if row is None else _decoded(row, _Mark)
         if row is not None:
             await self._run("look at the folder", lambda: self._tidy(mark))
+        if self._reading:
+            return live._replace(span_bytes=live.span_bytes + mark.extra)
         self._mark = msgspec.structs.replace(mark, sitting=uuid.uuid4().hex[:12], last=0)
         await self._inner.write([_row(OUTSIDE, self._mark)], [])
         await self._settle()
@@ -129,7 +136,7 @@ class Outside:
                 "to where that folder is now"
             )
         orphan = f"{mark.folder}/{_segment(mark.sitting, mark.last + 1)}"
-        if self._segments.exists(orphan):
+        if not self._reading and self._segments.exists(orphan):
             self._segments.remove([orphan])
 
     async def close(self) -> None:
@@ -144,18 +151,20 @@ class Outside:
         self, rows: Sequence[Row], spans: Sequence[SpanRow], events: Sequence[EventRow] = ()
     ) -> None:
         async with self._turn:
-            if self._failed:
-                raise StoreError("store journal: an earlier write failed; open it again")
+            self._may_write()
             kept, mark, count = await self._put_out(spans)
             changed = [] if mark is self._mark else [_row(OUTSIDE, mark)]
             try:
                 await self._inner.write([*rows, *changed, *count], kept, events)
             except BaseException:
-                self._failed = (
-                    True  # whether it was committed is not known: its file name must stay
-                )
+                # Whether it was committed is not known: its file's name must not be used again.
+                self._refused = "an earlier write failed; open it again"
                 raise
             self._mark = mark
+
+    def _may_write(self) -> None:
+        if self._refused is not None:
+            raise StoreError(f"store journal: {self._refused}")
 
     async def _put_out(self, spans: Sequence[SpanRow]) -> tuple[list[SpanRow], _Mark, list[Row]]:
         """Write the large payloads to a new file. (rows for inside, the new mark, the file's row)."""
@@ -187,6 +196,7 @@ class Outside:
 
     async def forget(self, rollout_ids: Sequence[str]) -> None:
         async with self._turn:
+            self._may_write()
             keys = [one.key for one in await self._inner.span_totals(rollout_ids)]
             rows = await self._inner.payloads(keys)
             kept = [self._opened(row) for row in rows]
