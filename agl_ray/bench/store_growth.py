@@ -25,6 +25,7 @@ from agl_ray.types import LLM, EndReason
 
 SAMPLE = 1000  # old rollouts that operations choose from
 PAGE = 50
+LEASE_SECONDS = 86_400.0  # the smaller stores' attempts stay open while a larger store is filled
 
 
 class Subject:
@@ -128,7 +129,7 @@ async def measure_growth(
             url = f"sqlite:///{folder}/growth-{size}.db"
             await fill(url, size)
             begin = time.perf_counter()
-            place = await stack.enter_async_context(in_process(url))
+            place = await stack.enter_async_context(in_process(url, lease_seconds=LEASE_SECONDS))
             opened[size] = time.perf_counter() - begin
             subjects.append(Subject(size, place.store))
             await subjects[-1].prepare(rounds)

@@ -34,9 +34,11 @@ class Place(NamedTuple):
 
 
 @contextlib.asynccontextmanager
-async def in_process(url: str, cache_mib: float = 256.0) -> AsyncIterator[Place]:
+async def in_process(
+    url: str, cache_mib: float = 256.0, lease_seconds: float = 30.0
+) -> AsyncIterator[Place]:
     """A core on this event loop."""
-    core = await StoreCore.open(url, cache_mib=cache_mib)
+    core = await StoreCore.open(url, cache_mib=cache_mib, lease_seconds=lease_seconds)
     try:
         yield Place(LightningStore.local(core), os.getpid())
     finally:

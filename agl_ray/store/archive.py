@@ -1,7 +1,7 @@
 """A store opened for reading alone, whether its run lives or not: what listing, showing and exporting stand on.
 
-What it is: `open_archive(url, settings)` gives an `Archive` over a journal. A SQLite file is read beside its owner, as it was at one
-moment. A database server is opened as its store, so a run that lives there is refused. Answers come in pieces of bounded size.
+What it is: `open_archive(url, settings)` gives an `Archive` over a journal. A SQLite file (payloads outside too) is read beside its
+owner, as it was at one moment. A database server is opened as its store, so a run that lives there is refused. Answers come in pieces of bounded size.
 Who calls it: `agl_ray.store.export`, `agl_ray.cli.store`. Test alone: tests/unit/test_store_archive.py.
 """
 
@@ -153,20 +153,25 @@ async def open_archive(url: str, settings: JournalSettings | None = None) -> Asy
 
 
 def reading_journal(url: str, settings: JournalSettings) -> Journal:
-    """The journal at `url`, not opened yet. A SQLite file can be read beside its owner, unless its payloads are elsewhere: whoever opens
-    those tidies up behind the last owner."""
+    """The journal at `url`, not opened yet. A SQLite file can be read beside its owner, unless it is encrypted and has payloads outside:
+    the two together write as they open."""
     if url == "memory://":
         raise InputError(
             "store memory://: it lives in its own process alone; there is nothing to read"
         )
-    if not url.startswith("sqlite:///") or settings.payload != "journal":
+    both = settings.payload != "journal" and settings.encryption != "off"
+    if not url.startswith("sqlite:///") or both:
         return open_journal(url, settings)
-    from agl_ray.store.journals.encrypted import Encrypted
-    from agl_ray.store.journals.opening import _keys
     from agl_ray.store.journals.sqlite_reading import SqliteReading
 
-    journal = SqliteReading(url.removeprefix("sqlite:///"))
-    if settings.encryption == "off":
-        return journal
-    encrypted: Any = Encrypted(journal, settings.encryption, _keys(settings.encryption))
-    return cast(Journal, encrypted)
+    journal: Any = SqliteReading(url.removeprefix("sqlite:///"))
+    if settings.payload != "journal":
+        from agl_ray.store.journals.outside import Outside
+
+        journal = Outside(journal, settings.payload, reading=True)
+    if settings.encryption != "off":
+        from agl_ray.store.journals.encrypted import Encrypted
+        from agl_ray.store.journals.opening import _keys
+
+        journal = Encrypted(journal, settings.encryption, _keys(settings.encryption))
+    return cast(Journal, journal)

@@ -151,22 +151,39 @@ def test_pages_are_walked_both_ways_and_bounded(
     asyncio.run(scenario())
 
 
-def test_an_encrypted_store_is_read_with_its_keys(
-    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+@pytest.mark.parametrize("how", ["encrypted", "outside", "both"])
+def test_wrapped_stores_are_read_with_their_settings(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, how: str
 ) -> None:
     monkeypatch.setenv(KEYS_VARIABLE, FieldCipher.new_key())
-    settings = JournalSettings(encryption="aes-gcm")
+    settings = JournalSettings(
+        encryption="off" if how == "outside" else "aes-gcm",
+        payload="journal" if how == "encrypted" else f"file://{tmp_path}/payloads",
+    )
     url = f"sqlite:///{tmp_path}/store.db"
+    name = "a" * 100_000  # large enough to rest outside
+
+    async def look(rollout_id: str) -> None:
+        async with open_archive(url, settings) as opened:
+            found = await opened.rollout(rollout_id)
+            assert found is not None
+            assert found.input == {"secret": 1}
+            totals = await opened.span_totals([rollout_id])
+            (table,) = [one async for one in opened.spans(totals)]
+            assert table.column("name").to_pylist() == [name]
 
     async def scenario() -> None:
         core = await StoreCore.open(url, settings=settings)
-        made = await LightningStore.local(core).enqueue_rollout({"secret": 1})
-        async with open_archive(url, settings) as opened:
-            found = await opened.rollout(made.rollout_id)
-            assert found is not None
-            assert found.input == {"secret": 1}
+        store = LightningStore.local(core)
+        made = await store.start_rollout({"secret": 1})
+        key = (made.rollout_id, made.attempt_id)
+        await store.add_spans(*key, span(*key, name))
+        if how != "both":  # beside its owner, who never notices
+            await look(made.rollout_id)
+            await store.enqueue_rollout({"i": 1})
         await core.close()
-        with pytest.raises(StoreError, match="encrypted"):
+        await look(made.rollout_id)
+        with pytest.raises(StoreError, match="encrypted" if how != "outside" else "elsewhere"):
             async with open_archive(url):
                 pass
 
