@@ -66,17 +66,30 @@ class _Lane:
         self._send = send
         self._waiting: list[Item] = []
         self._senders: set[asyncio.Task[None]] = set()
+        self._alone = False  # a lone command is on its way, carried by its own caller
 
     async def call(
         self, loop: asyncio.AbstractEventLoop, command: Command, again: Command, size: int
     ) -> Any:
+        if not (self._alone or self._senders):
+            return await self._call_alone(command, again)
         item = Item(command, again, size, loop.create_future())
         self._waiting.append(item)
-        if len(self._senders) < IN_FLIGHT:
+        if len(self._senders) + self._alone < IN_FLIGHT:
             sender = loop.create_task(self._send_all(), name="store-lane")
             self._senders.add(sender)
             sender.add_done_callback(self._senders.discard)
         return await item.answer
+
+    async def _call_alone(self, command: Command, again: Command) -> Any:
+        self._alone = True
+        try:
+            (result,) = await self._send([command], [again])
+        finally:
+            self._alone = False
+        if isinstance(result, Exception):
+            raise result
+        return result
 
     async def _send_all(self) -> None:
         while self._waiting:

@@ -57,13 +57,13 @@ def test_a_lone_command_leaves_at_once_and_the_rest_gathers() -> None:
     asyncio.run(main())
 
 
-def test_what_is_given_in_one_turn_leaves_in_one_message_in_order() -> None:
+def test_what_is_given_in_one_turn_leaves_in_two_messages_in_order() -> None:
     async def main() -> None:
         wire = Wire()
         wire.gate.set()
         names = [f"n{i}" for i in range(40)]
         assert await asyncio.gather(*begin(Lanes(wire.send), *names)) == [n.upper() for n in names]
-        assert wire.messages == [names]
+        assert wire.messages == [names[:1], names[1:]]
 
     asyncio.run(main())
 
@@ -73,9 +73,9 @@ def test_messages_are_bounded(monkeypatch: pytest.MonkeyPatch) -> None:
         wire = Wire()
         wire.gate.set()
         lanes = Lanes(wire.send)
-        await asyncio.gather(*begin(lanes, *"abcde"))
-        await asyncio.gather(*begin(lanes, *"fgh", size=lane.MOST_BYTES))
-        assert [len(one) for one in wire.messages] == [2, 2, 1, 1, 1, 1]
+        await asyncio.gather(*begin(lanes, *"abcdef"))
+        await asyncio.gather(*begin(lanes, *"ghi", size=lane.MOST_BYTES))
+        assert [len(one) for one in wire.messages] == [1, 2, 2, 1, 1, 1, 1]
 
     monkeypatch.setattr(lane, "MOST_COMMANDS", 2)
     asyncio.run(main())
@@ -85,7 +85,7 @@ def test_each_is_answered_by_its_own_result_or_error() -> None:
     async def main() -> None:
         wire = Wire()
         wire.gate.set()
-        one, two, three = begin(Lanes(wire.send), "a", "fail", "c")
+        _, one, two, three = begin(Lanes(wire.send), "lone", "a", "fail", "c")
         with pytest.raises(NotFound, match="fail"):
             await two
         assert (await one, await three) == ("A", "C")
@@ -98,9 +98,9 @@ def test_a_message_that_fails_fails_all_of_it_each_with_its_own_exception() -> N
         wire = Wire()
         wire.error = WaitTimeout("the store", 5.0, "hint")
         wire.gate.set()
-        tasks = begin(Lanes(wire.send), "a", "b")
+        tasks = begin(Lanes(wire.send), "lone", "a", "b")
         await asyncio.wait(tasks)
-        errors = [one.exception() for one in tasks]
+        errors = [one.exception() for one in tasks][1:]
         assert [str(one) for one in errors] == [str(wire.error)] * 2
         assert errors[0] is not errors[1]
 
@@ -110,12 +110,14 @@ def test_a_message_that_fails_fails_all_of_it_each_with_its_own_exception() -> N
 def test_a_cancelled_caller_hurts_nobody() -> None:
     async def main() -> None:
         wire = Wire()
-        one, two = begin(Lanes(wire.send), "a", "b")
+        lone, one, two = begin(Lanes(wire.send), "lone", "a", "b")
         await turn()
+        lone.cancel()
         one.cancel()
         await turn()
         wire.gate.set()
         assert await two == "B"
+        assert lone.cancelled()
         assert one.cancelled()
 
     asyncio.run(main())
