@@ -23,6 +23,7 @@ class Wire:
 
     async def send(self, commands: Sequence[Command], _again: Sequence[Command]) -> list[Any]:
         self.messages.append([name for name, _ in commands])
+        await asyncio.sleep(0)
         await self.gate.wait()
         if self.error is not None:
             raise self.error
