@@ -74,7 +74,7 @@ class WireServer:
 
     @property
     def url(self) -> str:
-        return f"mongodb://{self.address}/?serverSelectionTimeoutMS=300&connectTimeoutMS=300"
+        return f"mongodb://{self.address}/?serverSelectionTimeoutMS=300&connectTimeoutMS=5000"
 
     def __enter__(self) -> WireServer:
         self._thread.start()
