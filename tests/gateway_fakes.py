@@ -44,6 +44,12 @@ TRIMMING_TEMPLATE = TEMPLATE.replace("(message.content or '')", "(message.conten
 FORGETTING_TEMPLATE = TEMPLATE.replace(
     "(message.content or '')", "(message.content or '').split('</think>')[-1]"
 )
+THINKING_TEMPLATE = TEMPLATE.replace(
+    "{{- '<|im_start|>assistant\n' -}}{%- endif -%}",
+    "{{- '<|im_start|>assistant\n' + ('<think>\n\n</think>\n\n' if enable_thinking is defined and not enable_thinking else '')"
+    " -}}{%- endif -%}",
+)
+"""As Qwen3's: thoughts can be switched off; but it keeps those of old turns where they are in the content."""
 END = "<|im_end|>"
 TOOL = {"type": "function", "function": {"name": "calculator", "parameters": {"type": "object"}}}
 
@@ -70,6 +76,7 @@ def make_tokenizer() -> Tokenizer:
     ] * 20
     tokenizer.train_from_iterator(corpus, trainer)
     plain = ["<tool_call>", "</tool_call>", "<tool_response>", "</tool_response>"]
+    plain += ["<think>", "</think>"]
     tokenizer.add_tokens([AddedToken(text, special=False, normalized=False) for text in plain])
     return tokenizer
 

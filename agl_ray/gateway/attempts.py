@@ -15,8 +15,10 @@ from collections.abc import Callable
 from dataclasses import dataclass, field
 from typing import Any, Protocol
 
-from agl_ray.gateway.canonical import Refusal
-from agl_ray.gateway.record import counters, rebuild
+import msgspec
+
+from agl_ray.gateway.canonical import CallRequest, CallResult, Refusal, as_history
+from agl_ray.gateway.record import counters, kept_conversations, rebuild
 from agl_ray.gateway.session import Session
 from agl_ray.types import (
     LLM,
@@ -85,6 +87,15 @@ class Live:
     open_calls: int = 0
     used: float = 0.0
     checked: float = 0.0  # when the store last said that the attempt is live
+    kept: dict[tuple[str | None, str], list[dict[str, Any]]] = field(default_factory=dict)
+    """(role, call id) -> the conversation up to and with its answer, of calls that later ones may name."""
+
+    def keep(
+        self, role: str | None, call_id: str, request: CallRequest, result: CallResult
+    ) -> None:
+        """Remember a conversation that a later call may go on."""
+        said = request.messages[1:] if request.instructions else request.messages
+        self.kept[role, call_id] = [*said, as_history(result.message())]
 
 
 class Attempts:
@@ -198,6 +209,29 @@ class Attempts:
             return await wait(awaitable, on=f"the store: {on}", seconds=self._timeout)
         except WaitTimeout as error:
             raise Refusal(503, str(error), code="store_unavailable", kind="server_error") from error
+
+    async def continued(self, path: CallPath, live: Live, request: CallRequest) -> CallRequest:
+        """The request with the whole conversation that its `previous` answer stands for; Refusal 404 where that is not known."""
+        name = request.previous or ""
+        if (path.role, name) not in live.kept:
+            rows = await self._ask(
+                self._store.query_span_rows(path.rollout_id, path.attempt_id),
+                f"the spans of {path}",
+            )
+            for call_id, messages in kept_conversations(rows, path.role).items():
+                live.kept.setdefault((path.role, call_id), messages)
+        before = live.kept.get((path.role, name))
+        if before is None:
+            raise Refusal(
+                404,
+                f"Previous response with id 'resp_{name}' not found: expected the id of an answer of this attempt that was not "
+                "asked for with store=false",
+                param="previous_response_id",
+                code="previous_response_not_found",
+            )
+        own = 1 if request.instructions else 0
+        messages = [*request.messages[:own], *before, *request.messages[own:]]
+        return msgspec.structs.replace(request, messages=messages)
 
     async def journal(self, path: CallPath, live: Live, batch: Any, batch_id: str) -> None:
         """Have a batch of spans journalled; Refusal 410 where the store says that the attempt is over."""

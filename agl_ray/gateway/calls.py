@@ -43,6 +43,7 @@ class Call:
     chain: str  # hash over the messages of its request
     tools: str  # hash over the tools of its request
     num_prompt_ids: int
+    reasoning: str = ""  # the thoughts that were returned apart from the content
 
     def num_ids(self, point: Point) -> int:
         """Tokens of the whole sequence up to a point."""
@@ -85,6 +86,11 @@ def message_key(message: dict[str, Any]) -> MessageKey:
         canonical = msgspec.json.encode(arguments, order="sorted").decode()
         calls.append((str(call["function"]["name"]), canonical))
     return (message.get("content") or "").strip(), tuple(calls)
+
+
+def thoughts(message: dict[str, Any]) -> str:
+    """An assistant message's thoughts without outer white space; empty: none."""
+    return (message.get("reasoning_content") or "").strip()
 
 
 def tool_ids(message: dict[str, Any]) -> tuple[str | None, ...]:

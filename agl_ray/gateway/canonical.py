@@ -1,8 +1,8 @@
 """What every dialect is turned into and answered from: one model call, free of any API's field names.
 
-Called by: the dialects (`dialects/chat.py` parses into `CallRequest`, writes from `CallResult`) and the door. `Refusal` is
-how any layer of the gateway says no: an HTTP status and the error body of OpenAI's API. Test alone: nothing to run, the
-dialects' and the door's tests use all of it.
+Called by: the dialects (they parse into `CallRequest` and write from `Streamed` and `CallResult`) and the door. `Refusal` is how
+any layer of the gateway says no: an HTTP status and what the dialect's error body needs. Test alone: nothing to run, the dialects'
+and the door's tests use all of it.
 """
 
 from __future__ import annotations
@@ -29,7 +29,8 @@ SAMPLING_KEYS = (
 
 
 class Refusal(AglError):
-    """The gateway does not answer this call. `status` is the HTTP status; the rest is OpenAI's error body."""
+    """The gateway does not answer this call. `status` is the HTTP status; `param` is a place in the request's body, `code` and
+    `kind` are words of OpenAI's API."""
 
     def __init__(
         self,
@@ -50,14 +51,16 @@ class Refusal(AglError):
         )
 
     def body(self) -> bytes:
-        """The JSON body: {"error": {message, type, param, code}}."""
-        error = {
+        """OpenAI's error body: {"error": {message, type, param, code}}."""
+        return msgspec.json.encode({"error": self.fields()})
+
+    def fields(self) -> dict[str, str | None]:
+        return {
             "message": self.message,
             "type": self.kind,
             "param": self.param,
             "code": self.code,
         }
-        return msgspec.json.encode({"error": error})
 
 
 class CallRequest(msgspec.Struct, frozen=True, kw_only=True):
@@ -65,7 +68,12 @@ class CallRequest(msgspec.Struct, frozen=True, kw_only=True):
 
     model: str
     messages: list[dict[str, Any]]
-    """In the form that chat templates take: `content` is a string, arguments of tool calls are JSON values where they parse."""
+    """In the form that chat templates take: `content` is a string, arguments of tool calls are JSON values where they parse,
+    thoughts of an earlier answer are in `reasoning_content`. Empty where `prompt` is given."""
+    dialect: str = "openai.chat"
+    """The API it was asked in, as the call's span records it."""
+    prompt: str | list[int] | None = None
+    """A raw prompt, text or ids, in the place of a conversation."""
     tools: list[dict[str, Any]] | None = None
     parse_tools: bool = False
     """Tool calls are looked for in the answer (tools were given and not forbidden)."""
@@ -77,6 +85,18 @@ class CallRequest(msgspec.Struct, frozen=True, kw_only=True):
     return_token_ids: bool = False
     metadata: dict[str, Any] = {}
     """The caller's `metadata` and `user`, recorded with the call."""
+    template: dict[str, Any] = {}
+    """Options for the chat template; refused where it does not know them."""
+    thinking: bool | None = None
+    """Whether the model is to think before it answers; None: as its template has it."""
+    previous: str | None = None
+    """The id of an earlier answer of this attempt and role whose conversation `messages` goes on."""
+    instructions: bool = False
+    """The first message is for this call only: it is no part of a conversation that goes on from here."""
+    keep: bool = False
+    """A later call may name this one as `previous`."""
+    echo: dict[str, Any] = {}
+    """What the dialect's answer repeats of the request, in the dialect's own form."""
 
 
 class ToolCall(msgspec.Struct, frozen=True, kw_only=True):
@@ -88,7 +108,8 @@ class ToolCall(msgspec.Struct, frozen=True, kw_only=True):
 
 
 class CallResult(msgspec.Struct, frozen=True, kw_only=True):
-    """One answer. `response_ids` (T) and `logprobs` (T) are the engine's; `content` and `tool_calls` are what the caller sees."""
+    """One answer. `response_ids` (T) and `logprobs` (T) are the engine's; `reasoning`, `content` and `tool_calls` are what the
+    caller sees."""
 
     call_id: str
     created: int
@@ -102,10 +123,17 @@ class CallResult(msgspec.Struct, frozen=True, kw_only=True):
     logprobs: list[float]
     weight_versions: list[tuple[int, int]]
     cached_tokens: int = 0
+    reasoning: str | None = None
+    """The model's thoughts, where the run has a reasoning parser and it found any."""
+    reasoning_tokens: int = 0
+    stop_string: str | None = None
+    """The stop string that ended it."""
 
     def message(self) -> dict[str, Any]:
         """The assistant message as returned, in the chat dialect's form."""
         message: dict[str, Any] = {"role": "assistant", "content": self.content}
+        if self.reasoning is not None:
+            message["reasoning_content"] = self.reasoning
         if self.tool_calls:
             message["tool_calls"] = [
                 {
@@ -116,3 +144,44 @@ class CallResult(msgspec.Struct, frozen=True, kw_only=True):
                 for call in self.tool_calls
             ]
         return message
+
+
+class Streamed(msgspec.Struct, frozen=True, kw_only=True):
+    """A piece of a streamed answer: text that has become certain. The first one has the call's id, its time in seconds since the
+    epoch and its prompt, and nothing else."""
+
+    text: str = ""
+    reasoning: str = ""
+    token_ids: list[int] = []
+    tokens: list[tuple[str, float]] = []
+    """(text, logprob) of each of `token_ids`, where logprobs were asked for."""
+    call_id: str = ""
+    created: int = 0
+    prompt_ids: list[int] = []
+
+
+def json_object(text: str) -> dict[str, Any] | str:
+    """The arguments of a tool call: templates print them with their own JSON filter, so they get values; text that is no JSON
+    object stays text."""
+    try:
+        value = msgspec.json.decode(text or "{}")
+    except (msgspec.DecodeError, RecursionError):
+        return text
+    return value if isinstance(value, dict) else text
+
+
+def as_history(message: dict[str, Any]) -> dict[str, Any]:
+    """A returned assistant message in the form that chat templates take."""
+    made = {**message, "content": message["content"] or ""}
+    if "tool_calls" in message:
+        made["tool_calls"] = [
+            {
+                **call,
+                "function": {
+                    **call["function"],
+                    "arguments": json_object(call["function"]["arguments"]),
+                },
+            }
+            for call in message["tool_calls"]
+        ]
+    return made

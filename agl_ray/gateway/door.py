@@ -14,17 +14,19 @@ import logging
 import time
 from collections.abc import AsyncGenerator, Callable
 from contextlib import aclosing
-from dataclasses import dataclass, field
+from dataclasses import dataclass
 from typing import Any, Protocol
 
 from agl_ray.gateway.attempts import Attempts, CallPath, Live, StoreClient
-from agl_ray.gateway.canonical import CallRequest, CallResult, Refusal
+from agl_ray.gateway.canonical import CallRequest, CallResult, Refusal, Streamed
 from agl_ray.gateway.engine_api import GenerateChunk, GenerateRequest, GenerateResult, join_chunks
+from agl_ray.gateway.raw_prompts import plan_raw
 from agl_ray.gateway.record import call_span, failed_call_span
-from agl_ray.gateway.render import Renderer
+from agl_ray.gateway.render import Optioned, Renderer
+from agl_ray.gateway.rules import check_request, room, template_options
 from agl_ray.gateway.sampling import check, merge
 from agl_ray.gateway.session import Plan, Session
-from agl_ray.gateway.visible import Visible, visible_message, visible_text
+from agl_ray.gateway.visible import Reading, Visible, visible_message
 from agl_ray.spans import new_span_id
 from agl_ray.types import EngineError, InputError, WaitTimeout
 from agl_ray.waits import wait
@@ -66,6 +68,7 @@ class Open:
     request: CallRequest
     sampling: dict[str, Any]
     plan: Plan
+    reading: Reading
     call_id: str
     started_ns: int
     deadline: float  # on the loop's clock
@@ -93,11 +96,11 @@ class Door:
 
     # ---- the calls ----
 
-    async def chat(self, path: CallPath, request: CallRequest) -> CallResult:
+    async def call(self, path: CallPath, request: CallRequest) -> CallResult:
         """Answer a call whole. Refusal for anything the caller is to be told; its span is in the store when this returns."""
         live = await self.attempts.open(path)
         try:
-            call = self._begin(path, live, request)
+            call = await self._begin(path, live, request)
             try:
                 answer = await self._generate(call)
             except (EngineError, WaitTimeout, InputError) as error:
@@ -109,27 +112,38 @@ class Door:
         finally:
             live.open_calls -= 1
 
-    async def chat_stream(
+    async def call_stream(
         self, path: CallPath, request: CallRequest
     ) -> AsyncGenerator[Streamed | CallResult, None]:
-        """As `chat`: pieces as they become certain, then the CallResult, which comes when the span is in the store."""
+        """As `call`: pieces as they become certain, then the CallResult, which comes when the span is in the store."""
         live = await self.attempts.open(path)
         try:
-            call = self._begin(path, live, request)
+            call = await self._begin(path, live, request)
             yield Streamed(
                 call_id=call.call_id, created=call.created, prompt_ids=call.plan.prompt_ids
             )
-            visible = Visible(self._renderer, request, call.sampling.get("stop", []))
+            visible = Visible(call.reading)
             try:
                 async with aclosing(self._stream(call, visible)) as pieces:
                     async for piece in pieces:
                         yield piece
             except (EngineError, WaitTimeout, InputError) as error:
                 raise await self._failed(call, error) from error
-            yield await self._finish(call, join_chunks(visible.chunks), visible)
+            result = await self._finish(call, join_chunks(visible.chunks), visible)
+            yield visible.rest(result.reasoning, result.content)
+            yield result
         except (asyncio.CancelledError, GeneratorExit):
             live.disconnects += 1
             raise
+        finally:
+            live.open_calls -= 1
+
+    async def count(self, path: CallPath, request: CallRequest) -> int:
+        """Prompt tokens that this call would have; nothing is recorded."""
+        live = await self.attempts.open(path)
+        try:
+            request = await self._checked(path, live, request)
+            return len(self._plan(path, live, request).prompt_ids)
         finally:
             live.open_calls -= 1
 
@@ -145,53 +159,44 @@ class Door:
 
     # ---- one call ----
 
-    def _begin(self, path: CallPath, live: Live, request: CallRequest) -> Open:
+    async def _checked(self, path: CallPath, live: Live, request: CallRequest) -> CallRequest:
+        """The request, if the attempt may make it, with the conversation that it goes on."""
+        check_request(request, live.llm.model, self._renderer)
+        if request.previous is None:
+            return request
+        return await self.attempts.continued(path, live, request)
+
+    def _plan(self, path: CallPath, live: Live, request: CallRequest) -> Plan:
+        session = live.sessions.setdefault(path.role, Session())
+        if request.prompt is not None:
+            return plan_raw(session, request.prompt, self._renderer)
+        options = template_options(request, self._renderer)
+        text_model = Optioned(self._renderer, options) if options else self._renderer
+        return session.plan(request.messages, request.tools, text_model)
+
+    async def _begin(self, path: CallPath, live: Live, request: CallRequest) -> Open:
         """Check the request against the attempt and work out the exact prompt."""
         started = time.perf_counter()
-        if request.model != live.llm.model:
-            raise Refusal(
-                404,
-                f"model: expected {live.llm.model!r}, got {request.model!r}",
-                param="model",
-                code="model_not_found",
-            )
-        if request.tools and not self._renderer.parses_tools:
-            raise Refusal(
-                400,
-                "tools: this run has no tool-call parser; set engine.tool_parser (hermes for Qwen)",
-                param="tools",
-                code="unsupported_parameter",
-            )
+        request = await self._checked(path, live, request)
         sampling = merge(request.sampling, live.rollout, live.llm, live.counts["calls"])
         check(sampling, live.rollout.mode)
-        session = live.sessions.setdefault(path.role, Session())
-        plan = session.plan(request.messages, request.tools, self._renderer)
-        sampling["max_tokens"] = self._room(len(plan.prompt_ids), sampling.get("max_tokens"))
+        plan = self._plan(path, live, request)
+        sampling["max_tokens"] = room(
+            self._settings.max_model_len, request, plan, sampling.get("max_tokens")
+        )
+        over = request.prompt is not None or self._renderer.thoughts_over(plan.prompt_ids)
         return Open(
             path=path,
             live=live,
             request=request,
             sampling=sampling,
             plan=plan,
+            reading=Reading(self._renderer, request, over, sampling.get("stop", [])),
             call_id=new_span_id(),
             started_ns=time.time_ns(),
             deadline=asyncio.get_running_loop().time() + self._settings.call_timeout_seconds,
             timings={"prepare": time.perf_counter() - started},
         )
-
-    def _room(self, num_prompt: int, wanted: int | None) -> int:
-        """Response tokens: what was asked for, or as many as the context holds; Refusal where the prompt fills it."""
-        longest = self._settings.max_model_len
-        room = longest - num_prompt
-        if room < 1:
-            raise Refusal(
-                400,
-                f"This model's maximum context length is {longest} tokens. However, your messages resulted in "
-                f"{num_prompt} tokens. Please reduce the length of the messages.",
-                param="messages",
-                code="context_length_exceeded",
-            )
-        return room if wanted is None else min(wanted, room)
 
     def _engine_request(self, call: Open, number: int) -> GenerateRequest:
         return GenerateRequest(
@@ -246,8 +251,7 @@ class Door:
                         )
                         if chunk is None:
                             break
-                        text, entries = visible.push(chunk)
-                        yield Streamed(text=text, token_ids=chunk.response_ids, entries=entries)
+                        yield visible.push(chunk)
                 if visible.ended:
                     return
                 raise EngineLost(
@@ -266,31 +270,16 @@ class Door:
         if answer.finish_reason == "abort":
             raise await self._failed(call, EngineError(f"the engine aborted call {call.call_id}"))
         started = time.perf_counter()
-        request = call.request
         stop_id = answer.finish_reason == "stop" and not isinstance(answer.stop_reason, str)
-        text = visible_text(self._renderer, answer, keep_special=request.parse_tools)
-        sent = visible.sent if visible else ""
-        content, tool_calls = visible_message(self._renderer, request, text, sent)
+        result = self._read(call, answer, visible)
         body_text, end_text = self._renderer.split(answer.response_ids, stop_id)
-        result = CallResult(
-            call_id=call.call_id,
-            created=call.created,
-            content=content,
-            tool_calls=tool_calls,
-            finish_reason=answer.finish_reason,
-            prompt_ids=call.plan.prompt_ids,
-            response_ids=answer.response_ids,
-            logprobs=answer.logprobs,
-            weight_versions=answer.weight_versions,
-            cached_tokens=answer.cached_tokens,
-        )
         call.timings["engine"] = (time.time_ns() - call.started_ns) / 1e9
         call.timings["read"] = time.perf_counter() - started
         batch = call_span(
             rollout_id=call.path.rollout_id,
             attempt_id=call.path.attempt_id,
             role=call.path.role,
-            request=request,
+            request=call.request,
             sampling=call.sampling,
             result=result,
             plan=call.plan,
@@ -306,10 +295,34 @@ class Door:
         session.add(
             call.plan, call.call_id, answer.response_ids, body_text, end_text, result.message()
         )
+        if call.request.keep:
+            call.live.keep(call.path.role, call.call_id, call.request, result)
         call.live.counts["calls"] += 1
         call.live.counts["retokenized_tokens"] += call.plan.retokenized
         call.live.counts["branches"] += call.plan.branch_reason is not None
         return result
+
+    def _read(self, call: Open, answer: GenerateResult, visible: Visible | None) -> CallResult:
+        """The engine's answer as the caller is to see it."""
+        message = visible_message(call.reading, answer, visible)
+        thoughts = self._renderer.thoughts
+        counted = thoughts.count(answer.response_ids) if thoughts and message.reasoning else 0
+        stopped_by = answer.stop_reason if isinstance(answer.stop_reason, str) else None
+        return CallResult(
+            call_id=call.call_id,
+            created=call.created,
+            reasoning=message.reasoning,
+            reasoning_tokens=counted,
+            content=message.content,
+            tool_calls=message.tool_calls,
+            finish_reason=answer.finish_reason,
+            stop_string=stopped_by if answer.finish_reason == "stop" else None,
+            prompt_ids=call.plan.prompt_ids,
+            response_ids=answer.response_ids,
+            logprobs=answer.logprobs,
+            weight_versions=answer.weight_versions,
+            cached_tokens=answer.cached_tokens,
+        )
 
     async def _failed(self, call: Open, error: Exception) -> Refusal:
         """Count and record a call without an answer; the refusal to give."""
@@ -329,15 +342,3 @@ class Door:
         await self.attempts.journal(path, call.live, batch, f"{call.call_id}-failed")
         await self.attempts.note_unanswered(path, call.live, message)
         return Refusal(503, message, code="engine_error", kind="server_error")
-
-
-@dataclass(frozen=True)
-class Streamed:
-    """A piece of a streamed answer. The first one has the call's id and prompt and nothing else."""
-
-    text: str = ""
-    token_ids: list[int] = field(default_factory=list)
-    entries: list[dict[str, Any]] = field(default_factory=list)
-    call_id: str | None = None
-    created: int = 0  # seconds since the epoch
-    prompt_ids: list[int] = field(default_factory=list)

@@ -1,11 +1,13 @@
 """The gateway's HTTP surface: a bare ASGI application over a Door.
 
-    POST /rollout/{id}/attempt/{id}[/role/{role}]/v1/chat/completions     GET .../v1/models     GET .../state
-    GET /healthz
+    POST /rollout/{id}/attempt/{id}[/role/{role}]/v1/chat/completions     and .../v1/completions  .../v1/responses  .../v1/messages
+    POST .../v1/messages/count_tokens     GET .../v1/models     GET .../state     GET /healthz
 
-Called by: `actors/gateway.py` (Ray Serve), or any ASGI server. No framework: a request costs no routing table, no pydantic. Every
-error is OpenAI's error body. When the caller goes away the call is cancelled, and with it the engine's work.
-Test alone: `pytest tests/unit/test_gateway_http.py`.
+Called by: `actors/gateway.py` (Ray Serve), or any ASGI server. No framework: a request costs no routing table, no pydantic. What
+differs between the APIs is in the table of dialects, the error bodies included. A path with `/v1` twice is taken for one with it
+once: the base URL of an LLM resource ends in `/v1`, and Anthropic's client adds its own. Keys (`Authorization`, `x-api-key`) and the
+headers `anthropic-version` and `anthropic-beta` are accepted and change nothing. When the caller goes away the call is cancelled, and
+with it the engine's work. Test alone: `pytest tests/unit/test_gateway_http.py`.
 """
 
 from __future__ import annotations
@@ -21,7 +23,8 @@ import msgspec
 
 from agl_ray.gateway.attempts import CallPath
 from agl_ray.gateway.canonical import CallRequest, CallResult, Refusal
-from agl_ray.gateway.dialects import chat, chat_answer
+from agl_ray.gateway.dialects import chat_answer, messages
+from agl_ray.gateway.dialects.table import CHAT, DIALECTS, MESSAGES, Dialect, StreamWriter
 from agl_ray.gateway.door import Door
 from agl_ray.gateway.render import Renderer
 
@@ -32,6 +35,8 @@ Receive = Callable[[], Awaitable[MutableMapping[str, Any]]]
 Send = Callable[[MutableMapping[str, Any]], Awaitable[None]]
 
 MAX_BODY = 64 * 1024 * 1024
+COUNT_TOKENS = "v1/messages/count_tokens"
+_GET = ("v1/models", "state")
 _JSON = [(b"content-type", b"application/json")]
 _SSE = [(b"content-type", b"text/event-stream; charset=utf-8"), (b"cache-control", b"no-cache")]
 
@@ -53,16 +58,18 @@ class GatewayApp:
             return
         if scope["type"] != "http":
             return
+        path, action = _route([part for part in scope["path"].split("/") if part])
+        dialect = _dialect(action, scope)
         try:
-            await self._answer(scope, receive, send)
+            await self._answer(scope, path, action, receive, send)
         except Refusal as refusal:
-            await _respond(send, refusal.status, refusal.body())
+            await _respond(send, refusal.status, dialect.error(refusal))
         except _Gone:
             logger.info("caller of %s went away", scope["path"])
         except Exception:
             logger.exception("call of %s failed in the gateway", scope["path"])
             failure = Refusal(500, "the gateway failed; its log says why", kind="server_error")
-            await _respond(send, failure.status, failure.body())
+            await _respond(send, failure.status, dialect.error(failure))
             raise
 
     async def _lifespan(self, receive: Receive, send: Send) -> None:
@@ -79,20 +86,20 @@ class GatewayApp:
             if kind == "lifespan.shutdown":
                 return
 
-    async def _answer(self, scope: Scope, receive: Receive, send: Send) -> None:
-        parts = [part for part in scope["path"].split("/") if part]
-        method = scope["method"]
-        if parts == ["healthz"]:
+    async def _answer(
+        self, scope: Scope, path: CallPath | None, action: str, receive: Receive, send: Send
+    ) -> None:
+        if action == "healthz":
             await _respond(send, 200, b'{"status":"ok"}')
             return
-        path, action = _route(parts)
-        if path is None or action not in ("v1/chat/completions", "v1/models", "state"):
+        if path is None or action not in (*DIALECTS, COUNT_TOKENS, *_GET):
             raise Refusal(
                 404,
-                f"{scope['path']}: expected /rollout/ID/attempt/ID[/role/ROLE]/v1/chat/completions, .../v1/models or .../state",
+                f"{scope['path']}: expected /rollout/ID/attempt/ID[/role/ROLE]/ and one of "
+                + ", ".join((*DIALECTS, COUNT_TOKENS, *_GET)),
                 code="unknown_url",
             )
-        expected = "POST" if action == "v1/chat/completions" else "GET"
+        method, expected = scope["method"], "GET" if action in _GET else "POST"
         if method != expected:
             raise Refusal(
                 405, f"{action}: expected {expected}, got {method}", code="method_not_allowed"
@@ -101,54 +108,63 @@ class GatewayApp:
             await _respond(send, 200, msgspec.json.encode(await self._door.state(path)))
         elif action == "v1/models":
             await _respond(send, 200, chat_answer.models_body(await self._door.model(path)))
+        elif action == COUNT_TOKENS:
+            counted = await self._door.count(path, messages.parse_count(await _body(receive)))
+            await _respond(send, 200, msgspec.json.encode({"input_tokens": counted}))
         else:
-            request = chat.parse(await _body(receive))
+            dialect = DIALECTS[action]
+            request = dialect.parse(await _body(receive))
             handler = self._stream if request.stream else self._whole
-            await _unless_gone(handler(path, request, send), receive)
+            await _unless_gone(handler(dialect, path, request, send), receive)
 
-    async def _whole(self, path: CallPath, request: CallRequest, send: Send) -> None:
-        result = await self._door.chat(path, request)
+    async def _whole(
+        self, dialect: Dialect, path: CallPath, request: CallRequest, send: Send
+    ) -> None:
+        result = await self._door.call(path, request)
         tokens = self._renderer.token_texts(result.response_ids) if request.logprobs else None
-        await _respond(send, 200, chat_answer.response_body(request, result, tokens))
+        await _respond(send, 200, dialect.whole(request, result, tokens))
 
-    async def _stream(self, path: CallPath, request: CallRequest, send: Send) -> None:
+    async def _stream(
+        self, dialect: Dialect, path: CallPath, request: CallRequest, send: Send
+    ) -> None:
         """SSE. The status is sent with the first event, so what is refused before that has its own status; an error after
-        that is an event, which OpenAI's clients raise."""
+        that is an event, which the dialect's clients raise."""
         started = False
-        try:
-            async with aclosing(self._events(path, request)) as events:
-                async for event in events:
-                    if not started:
-                        started = True
-                        head = {"type": "http.response.start", "status": 200, "headers": _SSE}
-                        await send(head)
-                    await send({"type": "http.response.body", "body": event, "more_body": True})
-        except Refusal as refusal:
-            if not started:
-                raise
-            event = b"data: " + refusal.body() + b"\n\n"
-            await send({"type": "http.response.body", "body": event, "more_body": True})
+        async with aclosing(self._events(dialect, path, request)) as events:
+            async for event in events:
+                if not started:
+                    started = True
+                    head = {"type": "http.response.start", "status": 200, "headers": _SSE}
+                    await send(head)
+                await send({"type": "http.response.body", "body": event, "more_body": True})
         await send({"type": "http.response.body", "body": b"", "more_body": False})
 
-    async def _events(self, path: CallPath, request: CallRequest) -> AsyncGenerator[bytes, None]:
-        writer: chat_answer.ChunkWriter | None = None
-        sent = 0
-        async with aclosing(self._door.chat_stream(path, request)) as pieces:
-            async for piece in pieces:
-                if isinstance(piece, CallResult):
+    async def _events(
+        self, dialect: Dialect, path: CallPath, request: CallRequest
+    ) -> AsyncGenerator[bytes, None]:
+        writer: StreamWriter | None = None
+        begun = False
+        try:
+            async with aclosing(self._door.call_stream(path, request)) as pieces:
+                async for piece in pieces:
                     if writer is None:
-                        raise AssertionError("a stream begins with its call's id")
-                    for event in writer.end(piece, (piece.content or "")[sent:]):
+                        if isinstance(piece, CallResult):
+                            raise AssertionError("a stream begins with its call's id")
+                        writer = dialect.stream(request, piece)
+                        continue
+                    if isinstance(piece, CallResult):
+                        events = writer.end(piece)
+                    else:
+                        events = writer.piece(piece)
+                    if events and not begun:
+                        begun = True
+                        events = [*writer.begin(), *events]
+                    for event in events:
                         yield event
-                elif writer is None:
-                    writer = chat_answer.ChunkWriter(
-                        request, piece.call_id or "", piece.created, piece.prompt_ids
-                    )
-                else:
-                    writer.tokens(piece.token_ids, piece.entries)
-                    if piece.text:
-                        sent += len(piece.text)
-                        yield writer.delta({"content": piece.text})
+        except Refusal as refusal:
+            if writer is None or not begun:
+                raise
+            yield writer.error(refusal)
 
 
 class _Gone(Exception):
@@ -158,11 +174,21 @@ class _Gone(Exception):
 def _route(parts: list[str]) -> tuple[CallPath | None, str]:
     """(whose call, what of it) of a URL's path segments."""
     if len(parts) < 5 or parts[0] != "rollout" or parts[2] != "attempt":
-        return None, ""
+        return None, "/".join(parts)
     role, rest = None, parts[4:]
     if rest[0] == "role" and len(rest) > 2:
         role, rest = rest[1], rest[2:]
+    if rest[:2] == ["v1", "v1"]:
+        rest = rest[1:]
     return CallPath(rollout_id=parts[1], attempt_id=parts[3], role=role), "/".join(rest)
+
+
+def _dialect(action: str, scope: Scope) -> Dialect:
+    """Whose error bodies the caller of this URL can read."""
+    if action == COUNT_TOKENS:
+        return MESSAGES
+    headers = dict(scope.get("headers") or ())
+    return DIALECTS.get(action, MESSAGES if b"anthropic-version" in headers else CHAT)
 
 
 async def _body(receive: Receive) -> bytes:

@@ -1,9 +1,10 @@
 """A call as a span, and back: what the gateway writes to the store, and how a session is rebuilt from it.
 
 Called by: the door. A call span holds the exact ids in suffix form (`parent_call`, `parent_tokens`, spans/schema.py) and in its
-attributes, as JSON: `request` {messages from `messages_from` on, tools, sampling, metadata}, `response` (the message returned),
-`agl.session` (text of the new part of the prompt, raw text of the response, where it continues its parent), `agl.timings`
-(seconds), `agl.retokenized_tokens` and, for a branch, `agl.branch_reason`. A gateway that was restarted reads these spans and
+attributes, as JSON: `request` {messages from `messages_from` on, tools, sampling, metadata, template options}, `response` (the message
+returned), `agl.session` (text of the new part of the prompt, raw text of the response, where it continues its parent), `agl.timings`
+(seconds), `agl.retokenized_tokens`, for a branch `agl.branch_reason`, and `agl.kept` where a later call may name this one as the one
+it goes on from (the responses dialect). A raw prompt has no messages: its text is in `agl.session`. A gateway that was restarted reads these spans and
 goes on exactly. Test alone: `pytest tests/unit/test_gateway_door.py`.
 """
 
@@ -15,14 +16,13 @@ from typing import Any
 
 import pyarrow as pa
 
-from agl_ray.gateway.calls import Call, Point, message_key, tool_ids
-from agl_ray.gateway.canonical import CallRequest, CallResult
+from agl_ray.gateway.calls import Call, Point, message_key, thoughts, tool_ids
+from agl_ray.gateway.canonical import CallRequest, CallResult, as_history
 from agl_ray.gateway.session import Plan, Session
 from agl_ray.spans import KIND_CALL, KIND_SPAN, new_span_id, span_batch
 
 CALL_NAME = "model.call"
 FAILED_CALL_NAME = "model.call.failed"
-DIALECT_CHAT = "openai.chat"
 
 
 def call_span(
@@ -51,6 +51,7 @@ def call_span(
             else None,
             "sampling": dict(sampling),
             "metadata": request.metadata,
+            "template": template_asked(request),
         },
         "response": result.message(),
         "agl.session": {
@@ -65,6 +66,8 @@ def call_span(
         "agl.timings": dict(timings),
         "agl.retokenized_tokens": plan.retokenized,
     }
+    if request.keep:
+        attributes["agl.kept"] = {"instructions": request.instructions}
     if plan.branch_reason is not None:
         attributes["agl.branch_reason"] = plan.branch_reason
     row = {
@@ -79,7 +82,7 @@ def call_span(
         "role": role,
         "attributes": attributes,
         "model": request.model,
-        "dialect": DIALECT_CHAT,
+        "dialect": request.dialect,
         "parent_call": plan.parent.call_id if plan.parent else None,
         "parent_tokens": plan.parent_tokens,
         "prompt_ids": list(plan.rest_ids),
@@ -146,6 +149,7 @@ def rebuild(rows: Iterable[Mapping[str, Any]], role: str | None) -> Session:
                 response_ids=tuple(row["response_ids"]),
                 key=message_key(message),
                 tool_ids=tool_ids(message),
+                reasoning=thoughts(message),
                 num_messages=kept["messages"],
                 chain=kept["chain"],
                 tools=kept["tools"],
@@ -153,6 +157,32 @@ def rebuild(rows: Iterable[Mapping[str, Any]], role: str | None) -> Session:
             )
         )
     return session
+
+
+def kept_conversations(
+    rows: Iterable[Mapping[str, Any]], role: str | None
+) -> dict[str, list[dict[str, Any]]]:
+    """Call id -> the conversation up to and with its answer, of the calls of this role that may be named by later ones."""
+    asked: dict[str, list[dict[str, Any]]] = {}
+    kept: dict[str, list[dict[str, Any]]] = {}
+    for row in rows:
+        if row["kind"] != KIND_CALL or row["role"] != role:
+            continue
+        attributes = dict(row["attributes"])
+        request = _value(attributes["request"])
+        before = asked.get(row["parent_call"] or "", [])[: request["messages_from"]]
+        asked[row["span_id"]] = messages = [*before, *request["messages"]]
+        if "agl.kept" in attributes:
+            first = 1 if _value(attributes["agl.kept"])["instructions"] else 0
+            answer = as_history(_value(attributes["response"]))
+            kept[row["span_id"]] = [*messages[first:], answer]
+    return kept
+
+
+def template_asked(request: CallRequest) -> dict[str, Any]:
+    """The template options that a request asked for."""
+    thinking = {} if request.thinking is None else {"thinking": request.thinking}
+    return {**request.template, **thinking}
 
 
 def counters(rows: Iterable[Mapping[str, Any]]) -> dict[str, int]:

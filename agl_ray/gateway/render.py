@@ -1,7 +1,7 @@
-"""Text and ids: chat template rendering, tokenising, detokenising, tool-call parsing.
+"""Text and ids: chat template rendering, tokenising, detokenising, tool-call and reasoning parsing.
 
 Called by: the door (one `Renderer` per gateway process) and, through the small `TextModel` protocol, the sessions. The
-tokenizer is transformers', the tool-call parsers are vLLM's own; both are imported when a Renderer is made, that is at the
+tokenizer is transformers', the parsers of tool calls and thoughts are vLLM's own; both are imported when a Renderer is made, that is at the
 start of a gateway replica and not at the first call (about 5 s and 0.5 GB together, most of it torch and vLLM).
 Test alone: `pytest tests/unit/test_gateway_render.py`.
 """
@@ -9,7 +9,9 @@ Test alone: `pytest tests/unit/test_gateway_render.py`.
 from __future__ import annotations
 
 import functools
+import inspect
 import logging
+import re
 import secrets
 from collections.abc import Sequence
 from pathlib import Path
@@ -17,7 +19,8 @@ from typing import Any, Protocol
 
 import msgspec
 
-from agl_ray.gateway.canonical import Refusal, ToolCall
+from agl_ray.gateway.canonical import Refusal, ToolCall, json_object
+from agl_ray.gateway.reasoning import Thoughts
 from agl_ray.types import InputError
 
 REPLACEMENT = "\ufffd"  # what a decoder writes for bytes that are no whole character
@@ -36,13 +39,18 @@ class TextModel(Protocol):
 
 
 class Renderer:
-    """The tokenizer, chat template and tool parser of one model folder.
+    """The tokenizer, chat template and parsers of one model folder.
 
-    `tool_parser` is a name of vLLM's (`hermes`, ...) or None. InputError where the folder has no tokenizer, no fast
-    tokenizer or no chat template, or where vLLM knows no such parser.
+    `tool_parser` and `reasoning_parser` are names of vLLM's (`hermes`, `qwen3`, ...) or None. InputError where the folder has no
+    tokenizer, no fast tokenizer or no chat template, or where vLLM knows no such parser.
     """
 
-    def __init__(self, model_path: str | Path, tool_parser: str | None = None) -> None:
+    def __init__(
+        self,
+        model_path: str | Path,
+        tool_parser: str | None = None,
+        reasoning_parser: str | None = None,
+    ) -> None:
         self._tokenizer = _load_tokenizer(Path(model_path))
         self._backend = self._tokenizer.backend_tokenizer
         self.stop_ids = _stop_ids(self._tokenizer, Path(model_path))
@@ -50,17 +58,44 @@ class Renderer:
         self._parser = _load_parser(tool_parser) if tool_parser else None
         start = getattr(self._parser, "tool_call_start_token", None)
         self.tool_start: str | None = start if isinstance(start, str) and start else None
+        self.thoughts = Thoughts(reasoning_parser, self._tokenizer) if reasoning_parser else None
+        self.num_ids: int = self._backend.get_vocab_size(with_added_tokens=True)
+        # What the tokenizer puts before a raw prompt (Llama's "<|begin_of_text|>").
+        self.raw_start = self.decode(self._tokenizer.encode("", add_special_tokens=True))
 
     @property
     def parses_tools(self) -> bool:
         return self._parser is not None
 
-    def render(self, messages: list[dict[str, Any]], tools: list[dict[str, Any]] | None) -> str:
+    def knows(self, option: str) -> bool:
+        """Whether the chat template looks at this option (`enable_thinking`, ...). What is set elsewhere is no option."""
+        taken = inspect.signature(self._tokenizer.apply_chat_template).parameters
+        if option in taken or option == "messages" or option.endswith("_token"):
+            return False
+        template = self._tokenizer.chat_template
+        texts = template.values() if isinstance(template, dict) else [template]
+        return any(re.search(rf"\b{re.escape(option)}\b", text) for text in texts)
+
+    def thoughts_over(self, prompt_ids: Sequence[int]) -> bool:
+        """Whether a prompt leaves no room for thoughts: its last turn, the opened answer, has them closed already."""
+        if self.thoughts is None:
+            return True
+        last = len(prompt_ids)
+        while last and prompt_ids[last - 1] not in self.stop_ids:
+            last -= 1
+        return self.thoughts.over(prompt_ids[last:])
+
+    def render(
+        self,
+        messages: list[dict[str, Any]],
+        tools: list[dict[str, Any]] | None,
+        **options: Any,
+    ) -> str:
         from jinja2.exceptions import TemplateError
 
         try:
             text = self._tokenizer.apply_chat_template(
-                messages, tools=tools, add_generation_prompt=True, tokenize=False
+                messages, tools=tools, add_generation_prompt=True, tokenize=False, **options
             )
         except (TemplateError, TypeError) as error:
             raise Refusal(
@@ -94,7 +129,8 @@ class Renderer:
     def find_tool_calls(
         self, text: str, tools: list[dict[str, Any]]
     ) -> tuple[str | None, list[ToolCall]]:
-        """(content, tool calls) of an answer, as vLLM's parser reads it; text that it cannot parse comes back whole."""
+        """(content, tool calls) of an answer, as vLLM's parser reads it; text that it cannot parse comes back whole, and so does a
+        call whose arguments are no JSON object, which nobody could send back."""
         if self._parser is None:
             raise ValueError("find_tool_calls: this renderer was made without a tool parser")
         if self.tool_start is not None and self.tool_start not in text:
@@ -107,10 +143,12 @@ class Renderer:
             ToolCall(
                 id=f"call_{secrets.token_hex(12)}",
                 name=call.function.name,
-                arguments=call.function.arguments,
+                arguments=_no_null(call.function.arguments),
             )
             for call in found.tool_calls
         ]
+        if not all(isinstance(json_object(call.arguments), dict) for call in calls):
+            return text, []
         return found.content or None, calls
 
     def _needs_anchor(self) -> bool:
@@ -120,6 +158,17 @@ class Renderer:
             return False
         joined = self._backend.encode(token + "a", add_special_tokens=False).ids
         return len(joined) > 1 and joined[1:] != self.encode("a")
+
+
+class Optioned:
+    """A `TextModel` that renders with options of the chat template."""
+
+    def __init__(self, renderer: Renderer, options: dict[str, Any]) -> None:
+        self._renderer, self._options = renderer, options
+        self.encode = renderer.encode
+
+    def render(self, messages: list[dict[str, Any]], tools: list[dict[str, Any]] | None) -> str:
+        return self._renderer.render(messages, tools, **self._options)
 
 
 class Detokenizer:
@@ -150,6 +199,11 @@ class Detokenizer:
     def finish(self) -> str:
         whole, sent = self._renderer.decode(self._ids, self._keep), "".join(self._text)
         return whole[len(sent) :] if whole.startswith(sent) else ""
+
+
+def _no_null(arguments: str) -> str:
+    """A call without arguments may be written with null."""
+    return "{}" if arguments.strip() in ("", "null") else arguments
 
 
 def _load_tokenizer(folder: Path) -> Any:

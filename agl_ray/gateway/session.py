@@ -5,8 +5,8 @@ the ids that were sampled; only what is new may be tokenised. For a new request:
 
 1. Every assistant message that is one *we returned* is replaced by the raw text that the model wrote. Frameworks reorder and
    drop fields, re-serialise the JSON of arguments and strip white space, so messages are compared by `message_key`: role,
-   content without outer white space, tool calls by name and arguments as JSON values; where several match, one with the same
-   tool-call ids wins, then the newest. Text with a malformed tool call was returned as content and comes back the same way.
+   content without outer white space, tool calls by name and arguments as JSON values, and thoughts where the caller sends any
+   back (most frameworks drop them); where several match, one with the same tool-call ids wins, then the newest. Text with a malformed tool call was returned as content and comes back the same way.
 2. The conversation is rendered by the model's template, as text. If the template merely moves white space around the raw
    text (Llama's `trim`), the raw text is put back; if it truly rewrites a turn (Qwen3 drops the thinking of old turns), the
    template wins.
@@ -36,6 +36,7 @@ from agl_ray.gateway.calls import (
     message_chain,
     message_key,
     short_hash,
+    thoughts,
     tool_ids,
 )
 from agl_ray.gateway.render import TextModel
@@ -77,7 +78,9 @@ class Plan:
 
 
 @dataclass(frozen=True)
-class _Match:
+class Match:
+    """A stored sequence that a prompt starts with."""
+
     call: Call
     point: Point
     length: int  # characters
@@ -86,7 +89,7 @@ class _Match:
         return self.call.said(self.point)
 
 
-def _lost(chosen: dict[int, Call], match: _Match | None) -> list[Call]:
+def _lost(chosen: dict[int, Call], match: Match | None) -> list[Call]:
     """The calls among `chosen` whose words are not in the matched sequence. Equal words of another branch count as there."""
     there = Counter((call.key, call.body_text) for call in match.said()) if match else Counter()
     lost = []
@@ -106,7 +109,7 @@ class Session:
     calls: list[Call] = field(default_factory=list)
     _by_id: dict[str, Call] = field(default_factory=dict)
     _children: dict[str, list[Call]] = field(default_factory=dict)
-    _roots: list[Call] = field(default_factory=list)
+    roots: list[Call] = field(default_factory=list)
     _by_key: dict[MessageKey, list[Call]] = field(default_factory=dict)
 
     def plan(
@@ -163,6 +166,7 @@ class Session:
             response_ids=tuple(response_ids),
             key=message_key(message),
             tool_ids=tool_ids(message),
+            reasoning=thoughts(message),
             num_messages=plan.num_messages,
             chain=plan.chain,
             tools=plan.tools,
@@ -174,13 +178,15 @@ class Session:
     def find(self, call_id: str) -> Call | None:
         return self._by_id.get(call_id)
 
+    def children(self, call: Call) -> list[Call]:
+        """The calls that continue this one, oldest first."""
+        return self._children.get(call.call_id, [])
+
     def remember(self, call: Call) -> None:
         """Put a call (a new one, or one read back from the store) into the tree."""
         self.calls.append(call)
         self._by_id[call.call_id] = call
-        siblings = (
-            self._children.setdefault(call.parent.call_id, []) if call.parent else self._roots
-        )
+        siblings = self._children.setdefault(call.parent.call_id, []) if call.parent else self.roots
         siblings.append(call)
         self._by_key.setdefault(call.key, []).append(call)
 
@@ -191,12 +197,12 @@ class Session:
         messages: list[dict[str, Any]],
         tools: list[dict[str, Any]] | None,
         text_model: TextModel,
-    ) -> tuple[str, _Match | None, dict[int, Call]]:
+    ) -> tuple[str, Match | None, dict[int, Call]]:
         """The rendering, its longest stored prefix, and the call taken for each assistant message (by index)."""
-        best: tuple[str, _Match | None, dict[int, Call]] | None = None
+        best: tuple[str, Match | None, dict[int, Call]] | None = None
         for chosen in self._assignments(messages):
             for text in _renderings(messages, tools, chosen, text_model):
-                match = self._longest(text, chosen)
+                match = self.longest(text, chosen)
                 length = match.length if match else -1
                 if best is None or length > (best[1].length if best[1] else -1):
                     best = (text, match, chosen)
@@ -213,6 +219,8 @@ class Session:
             if message["role"] != "assistant":
                 continue
             found = self._by_key.get(message_key(message), [])
+            if said := thoughts(message):
+                found = [call for call in found if call.reasoning == said]
             given_ids = tool_ids(message)
             newest_first = found[::-1]
             ranked = sorted(newest_first, key=lambda call: call.tool_ids != given_ids)
@@ -223,11 +231,11 @@ class Session:
         for combination in itertools.islice(itertools.product(*slots), _MAX_COMBINATIONS):
             yield dict(combination)
 
-    def _longest(self, text: str, chosen: dict[int, Call]) -> _Match | None:
+    def longest(self, text: str, chosen: dict[int, Call]) -> Match | None:
         """The longest stored sequence that `text` starts with. Equally long ones differ in ids only: the one with more of
         the `chosen` calls wins, then the newer."""
-        found: list[_Match] = []
-        stack = [(call, 0) for call in self._roots]
+        found: list[Match] = []
+        stack = [(call, 0) for call in self.roots]
         while stack:
             call, start = stack.pop()
             if not text.startswith(call.rest_text, start):
@@ -235,10 +243,10 @@ class Session:
             ends = _ends(call, text, start + len(call.rest_text))
             for point, length in ends.items():
                 if not found or length > found[0].length:
-                    found = [_Match(call, point, length)]
+                    found = [Match(call, point, length)]
                 elif length == found[0].length:
-                    found.append(_Match(call, point, length))
-            for child in self._children.get(call.call_id, []):
+                    found.append(Match(call, point, length))
+            for child in self.children(call):
                 if child.point in ends:
                     stack.append((child, ends[child.point]))
         if len(found) < 2:
@@ -255,7 +263,7 @@ class Session:
 
     def _reason(
         self,
-        match: _Match | None,
+        match: Match | None,
         rest: str,
         lost: list[Call],
         chosen: dict[int, Call],

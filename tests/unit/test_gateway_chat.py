@@ -7,7 +7,7 @@ from typing import Any
 
 import pytest
 
-from agl_ray.gateway.canonical import CallResult, Refusal, ToolCall
+from agl_ray.gateway.canonical import CallResult, Refusal, Streamed, ToolCall
 from agl_ray.gateway.dialects import chat, chat_answer
 
 TOOL = {"type": "function", "function": {"name": "calculator", "parameters": {}, "strict": True}}
@@ -184,11 +184,14 @@ def test_the_events_of_a_stream_add_up() -> None:
             return_token_ids=True,
         )
     )
-    writer = chat_answer.ChunkWriter(request, "c1", 5, [1, 2])
-    writer.tokens([3], [chat_answer.logprob_entry("o", -0.1)])
-    events = [writer.delta({"content": "o"})]
-    writer.tokens([4], [chat_answer.logprob_entry("k", -0.2)])
-    events += writer.end(result(tool_calls=[ToolCall(id="call_1", name="f", arguments="{}")]), "k")
+    writer = chat_answer.ChunkWriter(request, Streamed(call_id="c1", created=5, prompt_ids=[1, 2]))
+    events = [
+        *writer.begin(),
+        *writer.piece(Streamed(text="o", token_ids=[3], tokens=[("o", -0.1)])),
+        *writer.piece(Streamed(token_ids=[4], tokens=[("k", -0.2)])),
+        *writer.piece(Streamed(text="k")),
+        *writer.end(result(tool_calls=[ToolCall(id="call_1", name="f", arguments="{}")])),
+    ]
     assert events[-1] == b"data: [DONE]\n\n"
     parsed = [json.loads(event.removeprefix(b"data: ")) for event in events[:-1]]
     deltas = [chunk["choices"][0]["delta"] for chunk in parsed if chunk["choices"]]

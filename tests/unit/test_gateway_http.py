@@ -10,8 +10,7 @@ from typing import Any
 import pytest
 
 from agl_ray.gateway.attempts import CallPath
-from agl_ray.gateway.canonical import CallRequest, CallResult, Refusal
-from agl_ray.gateway.door import Streamed
+from agl_ray.gateway.canonical import CallRequest, CallResult, Refusal, Streamed
 from agl_ray.gateway.http import GatewayApp
 
 URL = "/rollout/ro-1/attempt/at-1/v1/chat/completions"
@@ -41,7 +40,7 @@ class FakeDoor:
         self.cancelled = False
         self.hold: asyncio.Event | None = None
 
-    async def chat(self, path: CallPath, request: CallRequest) -> CallResult:
+    async def call(self, path: CallPath, request: CallRequest) -> CallResult:
         self.paths.append(path)
         if self.error:
             raise self.error
@@ -53,13 +52,14 @@ class FakeDoor:
                 raise
         return result()
 
-    async def chat_stream(self, path: CallPath, request: CallRequest) -> AsyncIterator[Any]:
+    async def call_stream(self, path: CallPath, request: CallRequest) -> AsyncIterator[Any]:
         if self.error and not self.late:
             raise self.error
         yield Streamed(call_id="c1", created=1, prompt_ids=[1])
         yield Streamed(text="o", token_ids=[2])
         if self.error:
             raise self.error
+        yield Streamed(text="k")
         yield result()
 
     async def model(self, path: CallPath) -> str:

@@ -6,42 +6,50 @@ body naming the field; nothing is ignored (contract 8). A null counts as not giv
 
 Refused on purpose: `n` > 1 (ask again: each call is one span), `top_logprobs` > 0 (the engine reports the sampled token's
 logprob only), `tool_choice` other than auto and none and `response_format` other than text (both bend the distribution that
-training needs the logprobs of), `parallel_tool_calls: false`.
+training needs the logprobs of), `parallel_tool_calls: false`. `chat_template_kwargs` and `reasoning_effort` go to the model's chat
+template and are refused where it does not know them. Where the run has a reasoning parser, an answer's thoughts are in
+`reasoning_content` and `reasoning`; either may be sent back.
 """
 
 from __future__ import annotations
 
-import re
-from collections.abc import Callable
-from typing import Any, NoReturn
+from typing import Any
 
 import msgspec
 
-from agl_ray.gateway.canonical import CallRequest, Refusal
+from agl_ray.gateway.canonical import CallRequest, Refusal, json_object
+from agl_ray.gateway.dialects.strict import (
+    OnlyValues,
+    Strict,
+    given,
+    only,
+    read,
+    refuse,
+    refuse_value,
+    shown,
+)
+
+NAME = "openai.chat"
 
 
-class _Strict(msgspec.Struct, frozen=True, forbid_unknown_fields=True):
-    """Base of all request parts: an unknown field is an error."""
-
-
-class Part(_Strict, frozen=True):
+class Part(Strict, frozen=True):
     type: str
     text: str | None = None
 
 
-class FunctionCall(_Strict, frozen=True):
+class FunctionCall(Strict, frozen=True):
     name: str
     arguments: str = ""
 
 
-class RequestToolCall(_Strict, frozen=True):
+class RequestToolCall(Strict, frozen=True):
     function: FunctionCall
     id: str | None = None
     type: str = "function"
     index: int | None = None
 
 
-class Message(_Strict, frozen=True):
+class Message(Strict, frozen=True):
     role: str
     content: str | list[Part] | None = None
     name: str | None = None
@@ -51,14 +59,16 @@ class Message(_Strict, frozen=True):
     annotations: list[Any] | None = None
     audio: Any = None
     function_call: Any = None
+    reasoning_content: str | None = None
+    reasoning: str | None = None
 
 
-class StreamOptions(_Strict, frozen=True):
+class StreamOptions(Strict, frozen=True):
     include_usage: bool | None = None
     include_obfuscation: bool | None = None
 
 
-class ChatBody(_Strict, frozen=True, kw_only=True):
+class ChatBody(Strict, frozen=True, kw_only=True):
     """The body of POST /v1/chat/completions. Fields after `# only one value` are accepted with that value alone."""
 
     model: str
@@ -82,6 +92,8 @@ class ChatBody(_Strict, frozen=True, kw_only=True):
     user: str | None = None
     metadata: dict[str, Any] | None = None
     return_token_ids: bool | None = None
+    chat_template_kwargs: dict[str, Any] | None = None
+    reasoning_effort: str | None = None
     # only one value
     n: int | None = None
     top_logprobs: int | None = None
@@ -93,12 +105,9 @@ class ChatBody(_Strict, frozen=True, kw_only=True):
 
 
 _decoder = msgspec.json.Decoder(ChatBody)
-_PATH = re.compile(r" - at `\$\.?([^`]*)`")
-_UNKNOWN = re.compile(r"unknown field `([^`]+)`")
 _ROLES = {"system": "system", "developer": "system", "user": "user", "assistant": "assistant"}
 
-# field -> (is this value the one we take?, what to do instead)
-_SINGLE: dict[str, tuple[Callable[[Any], bool], str]] = {
+_ONLY: OnlyValues = {
     "n": (lambda v: v == 1, "one answer per call is given; send the request again for another"),
     "top_logprobs": (
         lambda v: v == 0,
@@ -120,28 +129,20 @@ _SINGLE: dict[str, tuple[Callable[[Any], bool], str]] = {
 
 def parse(body: bytes) -> CallRequest:
     """The canonical request of a chat completions body; Refusal 400 names the field that is wrong or not supported."""
-    try:
-        chat = _decoder.decode(body)
-    except msgspec.ValidationError as error:
-        _refuse_invalid(str(error))
-    except msgspec.DecodeError as error:
-        raise Refusal(400, f"the request body is not valid JSON: {error}") from error
-    for field, (accepts, instead) in _SINGLE.items():
-        value = getattr(chat, field)
-        if value is not None and not accepts(value):
-            _refuse(
-                field, f"{field}={msgspec.json.encode(value).decode()} is not supported: {instead}"
-            )
+    chat = read(_decoder, body)
+    only(chat, _ONLY)
     options = chat.stream_options
     if options is not None and not chat.stream:
-        _refuse("stream_options", "stream_options is only allowed when stream is true")
+        refuse("stream_options", "stream_options is only allowed when stream is true")
     if options is not None and options.include_obfuscation:
-        _refuse("stream_options.include_obfuscation", "include_obfuscation is not supported")
+        refuse("stream_options.include_obfuscation", "include_obfuscation is not supported")
     tools, parse_tools = _tools(chat)
-    recorded = dict(chat.metadata or {})
-    if chat.user is not None:
-        recorded["user"] = chat.user
+    template = {
+        **(chat.chat_template_kwargs or {}),
+        **given(reasoning_effort=chat.reasoning_effort),
+    }
     return CallRequest(
+        dialect=NAME,
         model=chat.model,
         messages=_messages(chat.messages),
         tools=tools,
@@ -151,35 +152,17 @@ def parse(body: bytes) -> CallRequest:
         include_usage=bool(options and options.include_usage),
         logprobs=bool(chat.logprobs),
         return_token_ids=bool(chat.return_token_ids),
-        metadata=recorded,
+        metadata={**(chat.metadata or {}), **given(user=chat.user)},
+        template=template,
     )
-
-
-def _refuse(param: str, message: str, code: str | None = None) -> NoReturn:
-    raise Refusal(400, message, param=param, code=code or "unsupported_parameter")
-
-
-def _refuse_invalid(text: str) -> NoReturn:
-    """A msgspec complaint as OpenAI's error: the path inside the body becomes `param`."""
-    path = match.group(1) if (match := _PATH.search(text)) else ""
-    reason = _PATH.sub("", text)
-    if match := _UNKNOWN.search(text):
-        param = f"{path}.{match.group(1)}".strip(".")
-        raise Refusal(
-            400,
-            f"unknown or unsupported field '{param}': leave it out; nothing is ignored here",
-            param=param,
-            code="unknown_parameter",
-        )
-    raise Refusal(400, f"{path or 'request'}: {reason}", param=path or None, code="invalid_value")
 
 
 def _tools(chat: ChatBody) -> tuple[list[dict[str, Any]] | None, bool]:
     choice = chat.tool_choice
     if choice not in (None, "auto", "none"):
-        _refuse(
+        refuse(
             "tool_choice",
-            f"tool_choice={msgspec.json.encode(choice).decode()} is not supported: forcing a tool changes the distribution "
+            f"tool_choice={shown(choice)} is not supported: forcing a tool changes the distribution "
             "that answers are sampled from; use 'auto' or 'none'",
         )
     for index, tool in enumerate(chat.tools or []):
@@ -189,33 +172,29 @@ def _tools(chat: ChatBody) -> tuple[list[dict[str, Any]] | None, bool]:
             or not isinstance(function, dict)
             or not isinstance(function.get("name"), str)
         ):
-            raise Refusal(
-                400,
-                f"tools[{index}]: expected {{'type': 'function', 'function': {{'name': ...}}}}",
-                param=f"tools[{index}]",
-                code="invalid_value",
+            refuse_value(
+                f"tools[{index}]", "expected {'type': 'function', 'function': {'name': ...}}"
             )
     return chat.tools or None, bool(chat.tools) and choice != "none"
 
 
 def _sampling(chat: ChatBody) -> dict[str, Any]:
     if chat.max_tokens is not None and chat.max_completion_tokens not in (None, chat.max_tokens):
-        _refuse("max_completion_tokens", "max_tokens and max_completion_tokens differ; give one")
+        refuse("max_completion_tokens", "max_tokens and max_completion_tokens differ; give one")
     limit = chat.max_completion_tokens if chat.max_tokens is None else chat.max_tokens
     stop = [chat.stop] if isinstance(chat.stop, str) else chat.stop
-    sampling = {
-        "temperature": chat.temperature,
-        "top_p": chat.top_p,
-        "top_k": chat.top_k,
-        "min_p": chat.min_p,
-        "presence_penalty": chat.presence_penalty,
-        "frequency_penalty": chat.frequency_penalty,
-        "repetition_penalty": chat.repetition_penalty,
-        "max_tokens": limit,
-        "stop": stop or None,
-        "seed": chat.seed,
-    }
-    return {key: value for key, value in sampling.items() if value is not None}
+    return given(
+        temperature=chat.temperature,
+        top_p=chat.top_p,
+        top_k=chat.top_k,
+        min_p=chat.min_p,
+        presence_penalty=chat.presence_penalty,
+        frequency_penalty=chat.frequency_penalty,
+        repetition_penalty=chat.repetition_penalty,
+        max_tokens=limit,
+        stop=stop or None,
+        seed=chat.seed,
+    )
 
 
 def _messages(messages: list[Message]) -> list[dict[str, Any]]:
@@ -230,14 +209,12 @@ def _message(message: Message, at: str) -> dict[str, Any]:
     """The template's form of a message. `developer` is OpenAI's newer word for `system`."""
     for field in ("refusal", "annotations", "audio", "function_call"):
         if getattr(message, field):
-            _refuse(f"{at}.{field}", f"{at}.{field} is not supported: leave it out")
+            refuse(f"{at}.{field}", f"{at}.{field} is not supported: leave it out")
     role = "tool" if message.role == "tool" else _ROLES.get(message.role)
     if role is None:
-        raise Refusal(
-            400,
-            f"{at}.role: expected system, developer, user, assistant or tool, got {message.role!r}",
-            param=f"{at}.role",
-            code="invalid_value",
+        refuse_value(
+            f"{at}.role",
+            f"expected system, developer, user, assistant or tool, got {message.role!r}",
         )
     if message.tool_calls and role != "assistant":
         raise Refusal(
@@ -256,6 +233,11 @@ def _message(message: Message, at: str) -> dict[str, Any]:
         made["tool_call_id"] = message.tool_call_id
     if message.tool_calls:
         made["tool_calls"] = [_tool_call(call, at) for call in message.tool_calls]
+    reasoning = message.reasoning_content or message.reasoning
+    if reasoning and role != "assistant":
+        refuse_value(f"{at}.reasoning_content", "only an assistant message has it")
+    if reasoning:
+        made["reasoning_content"] = reasoning
     return made
 
 
@@ -264,7 +246,7 @@ def _text(content: str | list[Part] | None, at: str) -> str:
         return content
     for index, part in enumerate(content or []):
         if part.type != "text" or part.text is None:
-            _refuse(
+            refuse(
                 f"{at}.content[{index}]",
                 f"{at}.content[{index}]: only text parts are supported, got {part.type!r}",
             )
@@ -272,17 +254,7 @@ def _text(content: str | list[Part] | None, at: str) -> str:
 
 
 def _tool_call(call: RequestToolCall, at: str) -> dict[str, Any]:
-    """Templates print arguments with their own JSON filter, so they get values; text that is no JSON object stays text."""
     if call.type != "function":
-        _refuse(f"{at}.tool_calls", f"{at}.tool_calls: expected type 'function', got {call.type!r}")
-    try:
-        arguments = msgspec.json.decode(call.function.arguments or "{}")
-    except msgspec.DecodeError:
-        arguments = None
-    if not isinstance(arguments, dict):
-        arguments = call.function.arguments
-    return {
-        "id": call.id,
-        "type": "function",
-        "function": {"name": call.function.name, "arguments": arguments},
-    }
+        refuse(f"{at}.tool_calls", f"{at}.tool_calls: expected type 'function', got {call.type!r}")
+    function = {"name": call.function.name, "arguments": json_object(call.function.arguments)}
+    return {"id": call.id, "type": "function", "function": function}

@@ -10,7 +10,7 @@ from typing import Any
 
 import msgspec
 
-from agl_ray.gateway.canonical import CallRequest, CallResult
+from agl_ray.gateway.canonical import CallRequest, CallResult, Refusal, Streamed
 
 
 def finish_reason(result: CallResult) -> str:
@@ -23,12 +23,23 @@ def finish_reason(result: CallResult) -> str:
 
 def usage(result: CallResult) -> dict[str, Any]:
     prompt, response = len(result.prompt_ids), len(result.response_ids)
-    return {
+    made = {
         "prompt_tokens": prompt,
         "completion_tokens": response,
         "total_tokens": prompt + response,
         "prompt_tokens_details": {"cached_tokens": result.cached_tokens},
     }
+    if result.reasoning_tokens:
+        made["completion_tokens_details"] = {"reasoning_tokens": result.reasoning_tokens}
+    return made
+
+
+def message(result: CallResult) -> dict[str, Any]:
+    """The assistant message; its thoughts are under both of the names that clients look for."""
+    made = result.message()
+    if result.reasoning is not None:
+        made["reasoning"] = result.reasoning
+    return made
 
 
 def logprob_entry(token: str, logprob: float) -> dict[str, Any]:
@@ -46,7 +57,7 @@ def response_body(request: CallRequest, result: CallResult, tokens: list[str] | 
     """The JSON body of a non-streaming answer. `tokens` (T strings) are needed where the request asks for logprobs."""
     choice: dict[str, Any] = {
         "index": 0,
-        "message": result.message(),
+        "message": message(result),
         "finish_reason": finish_reason(result),
         "logprobs": None,
     }
@@ -69,32 +80,38 @@ def response_body(request: CallRequest, result: CallResult, tokens: list[str] | 
 
 
 class ChunkWriter:
-    """The SSE events of one streamed answer, in order: `delta` any number of times, then `end` once.
+    """The SSE events of one streamed answer: chunks of one choice each.
 
     Logprobs and token ids of tokens whose text is still held back go with the next event that is sent.
     """
 
-    def __init__(
-        self, request: CallRequest, call_id: str, created: int, prompt_ids: list[int]
-    ) -> None:
+    def __init__(self, request: CallRequest, first: Streamed) -> None:
         self._request = request
-        self._prompt_ids = prompt_ids
+        self._prompt_ids = first.prompt_ids
         self._head = {
-            "id": f"chatcmpl-{call_id}",
+            "id": f"chatcmpl-{first.call_id}",
             "object": "chat.completion.chunk",
-            "created": created,
+            "created": first.created,
             "model": request.model,
         }
         self._first = True
         self._ids: list[int] = []
         self._logprobs: list[dict[str, Any]] = []
 
-    def tokens(self, ids: list[int], entries: list[dict[str, Any]]) -> None:
-        """New tokens, to go out with the next event."""
-        self._ids += ids
-        self._logprobs += entries
+    def begin(self) -> list[bytes]:
+        return []
 
-    def delta(self, delta: dict[str, Any], finish: str | None = None) -> bytes:
+    def piece(self, piece: Streamed) -> list[bytes]:
+        self._ids += piece.token_ids
+        self._logprobs += [logprob_entry(*pair) for pair in piece.tokens]
+        delta: dict[str, Any] = {}
+        if piece.reasoning:
+            delta |= {"reasoning_content": piece.reasoning, "reasoning": piece.reasoning}
+        if piece.text:
+            delta["content"] = piece.text
+        return [self._delta(delta)] if delta else []
+
+    def _delta(self, delta: dict[str, Any], finish: str | None = None) -> bytes:
         """One event with one choice."""
         if self._first:
             delta = {"role": "assistant", "content": delta.get("content", ""), **delta}
@@ -118,16 +135,21 @@ class ChunkWriter:
         self._first = False
         return sse(event)
 
-    def end(self, result: CallResult, rest: str) -> list[bytes]:
-        """The last events: text not yet sent, tool calls, finish reason, usage where asked for, [DONE]."""
-        events = [self.delta({"content": rest})] if rest else []
-        for index, call in enumerate(result.message().get("tool_calls", [])):
-            events.append(self.delta({"tool_calls": [{"index": index, **call}]}))
-        events.append(self.delta({}, finish_reason(result)))
+    def end(self, result: CallResult) -> list[bytes]:
+        """Tool calls, finish reason, usage where asked for, [DONE]."""
+        events = [
+            self._delta({"tool_calls": [{"index": index, **call}]})
+            for index, call in enumerate(result.message().get("tool_calls", []))
+        ]
+        events.append(self._delta({}, finish_reason(result)))
         if self._request.include_usage:
             events.append(sse({**self._head, "choices": [], "usage": usage(result)}))
         events.append(b"data: [DONE]\n\n")
         return events
+
+    def error(self, refusal: Refusal) -> bytes:
+        """An event that OpenAI's clients raise."""
+        return b"data: " + refusal.body() + b"\n\n"
 
 
 def sse(event: Any) -> bytes:
@@ -135,6 +157,8 @@ def sse(event: Any) -> bytes:
 
 
 def models_body(model: str) -> bytes:
-    """The answer to GET /v1/models."""
+    """The answer to GET /v1/models, for OpenAI's clients and for Anthropic's."""
     entry = {"id": model, "object": "model", "created": 0, "owned_by": "agl-ray"}
-    return msgspec.json.encode({"object": "list", "data": [entry]})
+    entry |= {"type": "model", "display_name": model, "created_at": "1970-01-01T00:00:00Z"}
+    page = {"has_more": False, "first_id": model, "last_id": model}
+    return msgspec.json.encode({"object": "list", "data": [entry], **page})

@@ -1,0 +1,228 @@
+"""The Anthropic messages dialect, requests: body -> `CallRequest`. The blocks of a message are read in messages_blocks.py, the answers
+written in messages_answer.py.
+
+Called by: `agl_ray/gateway/http.py`. Every field acts or is refused by name, with these exceptions, which Anthropic's own programs send
+unasked and which cannot change an answer here: `cache_control` anywhere (the engine's prefix cache needs no marks),
+`metadata.user_id`, `thinking.budget_tokens`, `thinking.display` and `output_config.effort` (the template gets the effort where it
+knows `reasoning_effort`) are recorded with the call and do nothing else; `context_management` is taken where it asks to keep all
+thoughts; a system block that starts with "x-anthropic-billing-header" is left out, since it differs from call to call and is not
+meant for the model. `thinking` switches the template's `enable_thinking`; `adaptive` leaves it to the template.
+
+Refused on purpose: `tool_choice` any and tool (forcing a tool bends the distribution that training needs the logprobs of),
+`disable_parallel_tool_use`, tools that run on Anthropic's servers, images and documents, an assistant message at the end (prefill).
+Test alone: `pytest tests/unit/test_gateway_messages.py`.
+"""
+
+from __future__ import annotations
+
+from typing import Any
+
+import msgspec
+
+from agl_ray.gateway.canonical import CallRequest
+from agl_ray.gateway.dialects.messages_blocks import (
+    CacheControl,
+    Message,
+    TextBlock,
+    conversation,
+    system_text,
+)
+from agl_ray.gateway.dialects.strict import (
+    OnlyValues,
+    Strict,
+    given,
+    only,
+    read,
+    refuse,
+    refuse_value,
+    shown,
+)
+
+NAME = "anthropic.messages"
+
+
+class Tool(Strict, frozen=True):
+    """`defer_loading`: the model is not shown it. `strict` and `eager_input_streaming` promise nothing here: calls are sampled free."""
+
+    name: str
+    input_schema: dict[str, Any] | None = None
+    description: str | None = None
+    type: str | None = None
+    cache_control: CacheControl | None = None
+    defer_loading: bool | None = None
+    strict: bool | None = None
+    eager_input_streaming: bool | None = None
+    input_examples: list[Any] | None = None
+    allowed_callers: list[str] | None = None
+
+
+class ToolChoice(Strict, frozen=True):
+    type: str
+    name: str | None = None
+    disable_parallel_tool_use: bool | None = None
+
+
+class Thinking(Strict, frozen=True):
+    type: str
+    budget_tokens: int | None = None
+    display: str | None = None
+
+
+class Metadata(Strict, frozen=True):
+    user_id: str | None = None
+
+
+class OutputConfig(Strict, frozen=True):
+    effort: str | None = None
+    format: dict[str, Any] | None = None
+
+
+class CountBody(Strict, frozen=True, kw_only=True):
+    """The body of POST /v1/messages/count_tokens, and the part of a call's that makes its prompt."""
+
+    model: str
+    messages: list[Message]
+    system: str | list[TextBlock] | None = None
+    tools: list[Tool] | None = None
+    tool_choice: ToolChoice | None = None
+    thinking: Thinking | None = None
+    output_config: OutputConfig | None = None
+    context_management: dict[str, Any] | None = None
+    cache_control: CacheControl | None = None
+
+
+class Body(CountBody, frozen=True, kw_only=True):
+    """The body of POST /v1/messages."""
+
+    max_tokens: int
+    temperature: float | None = None
+    top_p: float | None = None
+    top_k: int | None = None
+    stop_sequences: list[str] | None = None
+    stream: bool | None = None
+    metadata: Metadata | None = None
+    return_token_ids: bool | None = None
+    # only one value
+    service_tier: str | None = None
+    container: Any = None
+    mcp_servers: list[Any] | None = None
+    inference_geo: str | None = None
+    speed: str | None = None
+
+
+_decoder = msgspec.json.Decoder(Body)
+_count_decoder = msgspec.json.Decoder(CountBody)
+_ONLY: OnlyValues = {
+    "service_tier": (
+        lambda v: v in ("auto", "standard_only"),
+        "there is one service tier; leave it out",
+    ),
+    "container": (lambda v: False, "nothing is executed here; leave it out"),
+    "mcp_servers": (lambda v: v == [], "nothing is called from here; leave it out"),
+    "inference_geo": (lambda v: False, "there is one place; leave it out"),
+    "speed": (lambda v: v == "standard", "there is one speed; leave it out"),
+}
+_THINKING = {"enabled": True, "disabled": False, "adaptive": None}
+
+
+def parse(body: bytes) -> CallRequest:
+    """The canonical request of a messages body; Refusal 400 names the field that is wrong or not supported."""
+    message = read(_decoder, body)
+    only(message, _ONLY)
+    request = _prompt_part(message)
+    metadata = {**request.metadata, **given(user_id=message.metadata and message.metadata.user_id)}
+    return msgspec.structs.replace(
+        request,
+        sampling=given(
+            max_tokens=message.max_tokens,
+            temperature=message.temperature,
+            top_p=message.top_p,
+            top_k=message.top_k,
+            stop=message.stop_sequences or None,
+        ),
+        stream=bool(message.stream),
+        return_token_ids=bool(message.return_token_ids),
+        metadata=metadata,
+    )
+
+
+def parse_count(body: bytes) -> CallRequest:
+    """The canonical request of a count_tokens body: as far as the prompt depends on it."""
+    return _prompt_part(read(_count_decoder, body))
+
+
+def _prompt_part(body: CountBody) -> CallRequest:
+    _check_context_management(body.context_management)
+    tools, parse_tools = _tools(body)
+    thinking, output = body.thinking, body.output_config
+    if thinking is not None and thinking.type not in _THINKING:
+        refuse_value(
+            "thinking.type", f"expected enabled, disabled or adaptive, got {thinking.type!r}"
+        )
+    if output is not None and output.format not in (None, {"type": "text"}):
+        refuse(
+            "output_config.format",
+            "output_config.format is not supported: answers are sampled free of any grammar; ask for the format in the prompt",
+        )
+    wishes = given(
+        effort=output.effort if output else None,
+        thinking_budget_tokens=thinking.budget_tokens if thinking else None,
+    )
+    messages = conversation(body.messages)
+    system = system_text(body.system)
+    return CallRequest(
+        dialect=NAME,
+        model=body.model,
+        messages=[*([{"role": "system", "content": system}] if system else []), *messages],
+        tools=tools,
+        parse_tools=parse_tools,
+        thinking=_THINKING[thinking.type] if thinking else None,
+        metadata=wishes,
+    )
+
+
+def _tools(body: CountBody) -> tuple[list[dict[str, Any]] | None, bool]:
+    choice = body.tool_choice
+    if choice is not None and choice.type not in ("auto", "none"):
+        refuse(
+            "tool_choice",
+            f"tool_choice={shown(choice)} is not supported: forcing a tool changes the distribution that answers are sampled "
+            "from; use auto or none",
+        )
+    if choice is not None and choice.disable_parallel_tool_use:
+        refuse(
+            "tool_choice.disable_parallel_tool_use",
+            "disable_parallel_tool_use is not supported: the model may write several tool calls in one answer",
+        )
+    tools = [_tool(tool, f"tools[{index}]") for index, tool in enumerate(body.tools or [])]
+    made = [tool for tool in tools if tool is not None]
+    return made or None, bool(made) and (choice is None or choice.type == "auto")
+
+
+def _tool(tool: Tool, at: str) -> dict[str, Any] | None:
+    """The template's form of a tool; None: it is not to be shown."""
+    if tool.type not in (None, "custom"):
+        refuse(
+            f"{at}.type",
+            f"{at}.type: only tools of the caller's own are supported, got {tool.type!r}",
+        )
+    if tool.input_schema is None:
+        refuse_value(f"{at}.input_schema", "a tool needs it")
+    if tool.defer_loading:
+        return None
+    described = given(description=tool.description)
+    schema = {"type": "object", **tool.input_schema}
+    function = {"name": tool.name, **described, "parameters": schema}
+    return {"type": "function", "function": function}
+
+
+def _check_context_management(given_value: dict[str, Any] | None) -> None:
+    """Only what changes nothing is taken: to keep all thoughts, as Claude's programs ask for."""
+    for index, edit in enumerate((given_value or {}).get("edits") or []):
+        kind = edit.get("type") if isinstance(edit, dict) else edit
+        keeps = isinstance(kind, str) and kind.startswith("clear_thinking")
+        if not keeps or edit.get("keep") != "all":
+            refuse(
+                f"context_management.edits[{index}]",
+                f"context_management.edits[{index}]={shown(edit)} is not supported: the conversation is sent as it is given",
+            )
