@@ -1,6 +1,6 @@
 """The store's process: one named, restartable actor over `agl_ray.store.core`.
 
-Lives in the run's namespace under the name `store`. It restarts for ever; each life loads the journal, so nobody else
+Lives in the run's namespace under the name `store`. It restarts for ever; each life takes up what is open in the journal, so nobody else
 notices more than a pause. Where the journal cannot be opened or written, every call answers with that StoreError, and the
 actor tries to open it again on a later call.
 Who calls it: `agl_ray.trainer` through `create_store`; everybody else through `LightningStore.connect`. Test alone:
@@ -17,6 +17,7 @@ from typing import Any
 
 from agl_ray.store.client import LightningStore
 from agl_ray.store.core import StoreCore
+from agl_ray.store.journals.settings import JournalSettings
 from agl_ray.store.lane import Command, answer_each
 from agl_ray.store.transport import ActorTransport
 from agl_ray.types import StoreError
@@ -102,14 +103,17 @@ def create_store(
     url: str,
     *,
     lease_seconds: float = 30.0,
+    memory_mib: float = 256.0,
     cache_mib: float = 256.0,
+    settings: JournalSettings | None = None,
     start_seconds: float = 60.0,
     detached: bool = False,
     actor_options: dict[str, Any] | None = None,
 ) -> LightningStore:
     """Create the store actor and wait until its journal is open.
 
-    url: `sqlite:///path` or `memory://`. detached: it outlives the job that made it. actor_options: further options for Ray;
+    url: `sqlite:///path`, `postgresql://...`, `mongodb://...` or `memory://`; settings: how the journal keeps the data. memory_mib,
+    cache_mib: of records and of span payloads in the actor's memory. detached: it outlives the job that made it. actor_options: further options for Ray;
     by default the actor takes no CPU and stays on the caller's node, where its file is. Raises StoreError (the journal cannot be
     opened, the name is taken) and WaitTimeout.
     """
@@ -132,7 +136,13 @@ def create_store(
         handle = (
             ray.remote(Store)
             .options(**options)
-            .remote(url, lease_seconds=lease_seconds, cache_mib=cache_mib)
+            .remote(
+                url,
+                lease_seconds=lease_seconds,
+                memory_mib=memory_mib,
+                cache_mib=cache_mib,
+                settings=settings,
+            )
         )
     except ValueError as error:
         raise StoreError(f"store actor {name!r} in namespace {namespace!r}: {error}") from error

@@ -11,19 +11,22 @@ from __future__ import annotations
 import asyncio
 import logging
 import time
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterable, Sequence
 from typing import Any, Self, TypeVar
 
 from agl_ray.store.cache import PayloadCache
-from agl_ray.store.journals.base import Journal, Query, Row, SpanRow
+from agl_ray.store.journals.base import Journal, Live, Row, SpanRow
 from agl_ray.store.journals.group_commit import GroupCommit
+from agl_ray.store.journals.marks import open_checked
 from agl_ray.store.journals.opening import open_journal
 from agl_ray.store.journals.settings import JournalSettings
+from agl_ray.store.loading import Loader, group_of
 from agl_ray.store.machine import Machine
-from agl_ray.store.rows import TYPES, record_of, row_of
-from agl_ray.store.state import Change, Snapshot
+from agl_ray.store.residents import Key
+from agl_ray.store.rows import record_of, row_of
+from agl_ray.store.state import Change
 from agl_ray.store.waiting import FinalWaiters, QueueWaiters, SpanWaiters
-from agl_ray.types import AglError, Conflict, StoreError
+from agl_ray.types import AglError, ResourcesUpdate, StoreError, Worker
 
 log = logging.getLogger("agl_ray.store")
 T = TypeVar("T")
@@ -37,6 +40,8 @@ DEAF_SECONDS = (
 class CoreBase:
     """Make it with `await open(url, ...)`; end it with `await close()`.
 
+    memory_mib: how much of the records that are final or wait stays in memory; the others are read back when they are named.
+    cache_mib: how much of the newest span payloads does.
     span_seconds: how long an `ok` end waits for spans that its runner counted and the store has not seen.
     """
 
@@ -44,30 +49,31 @@ class CoreBase:
         self,
         url: str,
         journal: Journal,
-        snapshot: Snapshot,
         *,
         lease_seconds: float,
+        memory_mib: float,
         cache_mib: float,
         span_seconds: float,
     ) -> None:
         self.url = url
         self.loop = asyncio.get_running_loop()
-        self.machine = Machine(lease_seconds=lease_seconds)
+        self.machine = Machine(lease_seconds=lease_seconds, max_bytes=int(memory_mib * 2**20))
         self._offset = (
             time.time() - time.monotonic()
         )  # leases must not feel the wall clock being set
         self._opened_at = self.now()
-        self.machine.restore(snapshot, self.now())
-        self._starts = snapshot.starts
+        self._starts = 0
         self._journal = journal
         self._group = GroupCommit(journal, self.loop, self._fail)
+        self._travelling: asyncio.Future[None] | None = None  # the newest commit seen by `_send`
+        self._loader = Loader(journal, self.machine.state, self._settled)
+        self._present = self._loader.present
         self._cache = PayloadCache(int(cache_mib * 2**20))
         self._span_seconds = span_seconds
         self._takers, self._finals, self._ends = QueueWaiters(), FinalWaiters(), SpanWaiters()
         self._late = asyncio.Lock()
         self.failure: StoreError | None = None
-        self._clock = self.loop.create_task(self._watch_clock(), name="store-clock")
-        self._clock.add_done_callback(self._clock_ended)
+        self._clock: asyncio.Task[None] | None = None
 
     @classmethod
     async def open(
@@ -75,33 +81,57 @@ class CoreBase:
         url: str,
         *,
         lease_seconds: float = 30.0,
+        memory_mib: float = 256.0,
         cache_mib: float = 256.0,
         span_seconds: float = 5.0,
         must_exist: bool = False,
         settings: JournalSettings | None = None,
     ) -> Self:
-        """Open the journal at `url` and restore what it holds. StoreError says what is wrong with it."""
-        journal = open_journal(url, settings)
+        """Open the journal at `url` and take up what is open in it. StoreError says what is wrong with it."""
+        core = cls(
+            url,
+            open_journal(url, settings),
+            lease_seconds=lease_seconds,
+            memory_mib=memory_mib,
+            cache_mib=cache_mib,
+            span_seconds=span_seconds,
+        )
+        await core._start(must_exist)
+        return core
+
+    async def _start(self, must_exist: bool) -> None:
+        live = await open_checked(self._journal, must_exist=must_exist)
         try:
-            snapshot = await _snapshot(journal, must_exist)
-            return cls(
-                url,
-                journal,
-                snapshot,
-                lease_seconds=lease_seconds,
-                cache_mib=cache_mib,
-                span_seconds=span_seconds,
-            )
-        except Conflict as error:
-            await journal.close()
-            raise StoreError(f"store journal {url}: damaged: {error}") from error
+            await self._restore(live)
         except BaseException:
-            await journal.close()
+            await self._journal.close()
             raise
+        self._clock = self.loop.create_task(self._watch_clock(), name="store-clock")
+        self._clock.add_done_callback(self._clock_ended)
+
+    async def _restore(self, live: Live) -> None:
+        """Only what is open comes to memory: the history stays where it is."""
+        ids = list(dict.fromkeys(row.columns[0] for row in live.open_attempts))
+        rows, attempts, spans = await self._loader.read_rollouts(ids)
+        for missing in sorted({*ids} - {row.key for row in rows}):
+            raise StoreError(
+                f"store {self.url}: damaged: the journal has an open attempt of rollout {missing!r} and not the rollout; "
+                "restore the journal from a copy, or start a new run"
+            )
+        latest = live.latest_resources
+        self._starts = live.starts
+        self.machine.restore(
+            live,
+            [group_of(row, attempts.get(row.key, []), spans.get(row.key, [])) for row in rows],
+            [record_of(row, Worker) for row in live.workers],
+            None if latest is None else record_of(latest, ResourcesUpdate),
+            self.now(),
+        )
 
     async def close(self) -> None:
-        """Flush, end the clock and the threads. Later calls fail."""
-        self._clock.cancel()
+        """Flush, end the clock, close the journal. Later calls fail."""
+        if self._clock is not None:
+            self._clock.cancel()
         if self.failure is None:
             self._fail(StoreError(f"store {self.url}: it was shut down"))
         await self._group.close()
@@ -112,9 +142,17 @@ class CoreBase:
 
     # Commits.
 
-    async def _do(self, command: Callable[..., T], *arguments: Any, **named: Any) -> T:
-        """Run a command of the machine now and give its result when it is in the journal."""
-        return await self._committed(self._run(command, *arguments, **named))
+    async def _do(
+        self, command: Callable[..., T], *arguments: Any, needs: Sequence[Key] = (), **named: Any
+    ) -> T:
+        """Run a command of the machine and give its result when it is in the journal. `needs`: what it names."""
+        if all(map(self.machine.state.has, needs)):
+            for key in needs:
+                self.machine.state.residents.settle(key)
+            return await self._committed(self._run(command, *arguments, **named))
+        async with self._present(needs):
+            result = self._run(command, *arguments, **named)
+        return await self._committed(result)
 
     def _run(self, command: Callable[..., T], *arguments: Any, **named: Any) -> T:
         """`command(..., now=...)`. A bug that stops it half-way ends the core: the journal has the whole truth."""
@@ -137,18 +175,39 @@ class CoreBase:
                 raise self._failure()
         return result
 
+    async def _settled(self) -> None:
+        await self._committed(None)
+
     def _submit(self, spans: Sequence[SpanRow] = ()) -> asyncio.Future[None] | None:
-        changes = self.machine.state.drain()
+        state = self.machine.state
+        changes = state.drain()
         if not changes and not spans:
+            state.residents.sent(None)  # heartbeats alone: nothing has to reach the journal
+            state.residents.arrived(None)
             return self._group.pending()
         try:
             rows = [row_of(kind, key, *change) for (kind, key), change in changes.items()]
         except (TypeError, ValueError) as error:
             self._fail(StoreError(f"store {self.url}: a record cannot be written: {error}"))
             raise self._failure() from error
-        future = self._group.submit(rows, spans)
+        for row, change in zip(rows, changes.values(), strict=True):
+            state.weigh(row.kind, row.key, change.record, len(row.body))
+        future = self._send(self._group.submit(rows, spans))
         self._announce(changes, rows)
         return future
+
+    def _send(self, commit: asyncio.Future[None]) -> asyncio.Future[None]:
+        """All that changed so far travels with `commit`, and may leave memory once it has arrived."""
+        self.machine.state.residents.sent(commit)
+        if commit is not self._travelling:
+            self._travelling = commit
+            commit.add_done_callback(self._arrived)
+        return commit
+
+    def _arrived(self, commit: asyncio.Future[None]) -> None:
+        if commit.exception() is None:
+            self.machine.state.residents.arrived(commit)
+            self.machine.state.shrink()
 
     def _announce(self, changes: dict[tuple[str, str], Change], rows: Sequence[Row]) -> None:
         waiting = 0
@@ -194,25 +253,6 @@ class CoreBase:
             self._fail(StoreError(f"store {self.url}: its clock stopped: {error!r}"))
 
 
-async def _snapshot(journal: Journal, must_exist: bool) -> Snapshot:
-    live = await journal.open(must_exist=must_exist)
-
-    async def every(kind: str, order: str = "position") -> list[Row]:
-        return (await journal.query(Query(kind, order_by=order))).rows
-
-    rollouts = await every("rollout", "created")
-    spans = await journal.span_totals([row.key for row in rollouts])
-    return Snapshot(
-        rollouts=[
-            (row.columns[0], row.position, record_of(row, TYPES["rollout"])) for row in rollouts
-        ],
-        attempts=[record_of(row, TYPES["attempt"]) for row in await every("attempt")],
-        resources=[
-            (row.position, record_of(row, TYPES["resources"])) for row in await every("resources")
-        ],
-        workers=[record_of(row, TYPES["worker"]) for row in live.workers],
-        values={row.key: row.body for row in await every("state")},
-        spans=spans,
-        batches=live.open_batches,
-        starts=live.starts,
-    )
+def rollouts(rollout_ids: Iterable[str]) -> list[Key]:
+    """The keys of these rollouts."""
+    return [("rollout", one) for one in rollout_ids]

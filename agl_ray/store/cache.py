@@ -7,7 +7,7 @@ Who calls it: `agl_ray.store.core`. Test alone: tests/unit/test_store_cache.py.
 from __future__ import annotations
 
 from collections import OrderedDict
-from collections.abc import Sequence
+from collections.abc import Iterable, Sequence
 
 from agl_ray.store.journals.base import AttemptKey, SpanRow
 
@@ -38,6 +38,10 @@ class PayloadCache:
         self._rows[key] = list(rows)
         self.size += sum(len(row.payload) for row in rows)
         self._shrink()
+
+    def drop(self, keys: Iterable[AttemptKey]) -> None:
+        for key in keys:
+            self._drop(key)
 
     def get(self, key: AttemptKey) -> list[SpanRow] | None:
         """All batches of the attempt in order, or None where they are not held."""

@@ -27,10 +27,32 @@ _NO_BRACKETS = bytes(set(range(256)) - set(b"[]{}"))
 
 def check_id(field: str, value: str) -> None:
     """InputError where `value` cannot be an id (it goes into URLs and journal keys)."""
-    if not isinstance(value, str) or not _ID.fullmatch(value):
+    if not is_id(value):
         raise InputError(
             f"{field}: expected 1 to 128 letters, digits or any of '._:-', got {value!r}"
         )
+
+
+def check_worker(worker_id: str | None) -> None:
+    if worker_id is not None:
+        check_id("worker_id", worker_id)
+
+
+def is_id(value: object) -> bool:
+    """Whether a record may have this id."""
+    return isinstance(value, str) and _ID.fullmatch(value) is not None
+
+
+def check_text(field: str, value: str | None) -> None:
+    """InputError where `value` cannot be a column of every journal: text that UTF-8 can hold, without NUL."""
+    if value is None:
+        return
+    if not isinstance(value, str) or "\0" in value or not _writable(value):
+        raise InputError(f"{field}: expected text without NUL and lone surrogates, got {value!r}")
+
+
+def _writable(value: str) -> bool:
+    return value.isascii() or clean_text(value) == value
 
 
 def check_json(field: str, value: Any) -> None:
@@ -61,6 +83,21 @@ def check_depth(field: str, body: bytes) -> None:
         raise InputError(
             f"{field}: expected at most {MOST_DEPTH} values in one another, got {depth}"
         )
+
+
+def check_dictionary(field: str, value: Any) -> None:
+    """InputError where `value` is no dictionary of JSON values."""
+    if not isinstance(value, dict):
+        raise InputError(f"{field}: expected a dictionary, got {type(value).__name__}")
+    json_bytes(field, value)
+
+
+def check_record(field: str, record: Any) -> None:
+    """InputError where a field of `record` has another type than its class says: it could not be read back."""
+    try:
+        msgspec.convert(msgspec.to_builtins(record), type(record))
+    except (msgspec.ValidationError, TypeError, ValueError) as error:
+        raise InputError(f"{field}: {error}") from error
 
 
 def json_value(field: str, value: Any) -> Any:

@@ -1,6 +1,6 @@
 """The LightningStore in one process: its commands and spans, over `agl_ray.store.base`.
 
-What it is: the public coroutines here and in `agl_ray.store.reads` are the wire interface; `LightningStore` documents them. Span
+What it is: the public coroutines here, in `agl_ray.store.reads` and `agl_ray.store.lists` are the wire interface; `LightningStore` documents them. Span
 payloads pass beside the machine as bytes and are never opened here.
 Who calls it: `actors.store.Store` (over Ray), `agl_ray.store.client.LightningStore.local` (in-process). Test alone:
 tests/unit/test_store_core.py.
@@ -8,13 +8,16 @@ tests/unit/test_store_core.py.
 
 from __future__ import annotations
 
+import functools
 from collections.abc import Sequence
 from typing import Any
 
-from agl_ray.store.journals.base import SpanRow
+from agl_ray.store.base import rollouts
+from agl_ray.store.checks import check_text
+from agl_ray.store.journals.base import AttemptKey, BatchEntry, SpanRow
+from agl_ray.store.lists import Lists
 from agl_ray.store.payload import Payloads, join
-from agl_ray.store.reads import Reads
-from agl_ray.store.state import AttemptKey, BatchEntry
+from agl_ray.store.residents import Key
 from agl_ray.types import (
     AglError,
     Attempt,
@@ -26,29 +29,35 @@ from agl_ray.types import (
     ResourcesUpdate,
     Rollout,
     Worker,
+    new_id,
+    replace,
 )
+
+READ_AHEAD = 64  # waiting rollouts that come back to memory together with the one that is taken
 
 SpanItem = tuple[str, str, str, int, bytes]
 """(rollout_id, attempt_id, batch_id, number of spans, payload)"""
 
 
-class StoreCore(Reads):
+class StoreCore(Lists):
     """Make it with `await StoreCore.open(url, ...)`; end it with `await close()`."""
 
     # Commands.
 
     async def add_resources(self, resources_id: str, resources: NamedResources) -> ResourcesUpdate:
-        return await self._do(self.machine.add_resources, resources_id, resources)
+        needs = [("resources", resources_id)]
+        return await self._do(self.machine.add_resources, resources_id, resources, needs=needs)
 
     async def update_resources(
         self, resources_id: str, resources: NamedResources, repeated: bool = False
     ) -> ResourcesUpdate:
-        return await self._do(
-            self.machine.update_resources, resources_id, resources, repeated=repeated
-        )
+        needs = [("resources", resources_id)]
+        command = self.machine.update_resources
+        return await self._do(command, resources_id, resources, repeated=repeated, needs=needs)
 
     async def enqueue(self, requests: Sequence[EnqueueRolloutRequest]) -> list[Rollout]:
-        return await self._do(self.machine.enqueue, requests)
+        named = [_named(request) for request in requests]
+        return await self._do(self.machine.enqueue, named, needs=_needs(named))
 
     async def dequeue(
         self, limit: int, worker_id: str | None, wait_seconds: float, request_id: str | None
@@ -56,9 +65,7 @@ class StoreCore(Reads):
         """Waits at most `wait_seconds` for the first rollout; then takes what is there, at most `limit`."""
         give_up = self.loop.time() + wait_seconds
         while True:
-            taken = self._run(
-                self.machine.dequeue, limit=limit, worker_id=worker_id, request_id=request_id
-            )
+            taken = await self._take(limit, worker_id, request_id)
             left = give_up - self.loop.time()
             if taken or left <= 0:
                 return await self._committed(taken)
@@ -66,26 +73,52 @@ class StoreCore(Reads):
             if not await self._takers.wait(worker_id, left):
                 return []  # the worker was declared dead meanwhile
 
+    async def _take(
+        self, limit: int, worker_id: str | None, request_id: str | None
+    ) -> list[AttemptedRollout]:
+        """The head of the queue may have left memory; it comes back with some of those behind it."""
+        state = self.machine.state
+        take = functools.partial(
+            self._run, self.machine.dequeue, limit=limit, worker_id=worker_id, request_id=request_id
+        )
+        while True:
+            self._check()
+            if all(one in state.rollouts for one in state.first_waiting(limit)):
+                return take()
+            async with self._present(rollouts(state.first_waiting(limit + READ_AHEAD))):
+                if all(one in state.rollouts for one in state.first_waiting(limit)):
+                    return take()
+
     async def start_rollout(
         self, request: EnqueueRolloutRequest, worker_id: str | None, request_id: str
     ) -> AttemptedRollout:
-        return await self._do(self.machine.start_rollout, request, worker_id, request_id)
+        named = _named(request)
+        command = self.machine.start_rollout
+        return await self._do(command, named, worker_id, request_id, needs=_needs([named]))
 
     async def start_attempt(
         self, rollout_id: str, worker_id: str | None, request_id: str
     ) -> AttemptedRollout:
-        return await self._do(self.machine.start_attempt, rollout_id, worker_id, request_id)
+        needs = rollouts([rollout_id])
+        command = self.machine.start_attempt
+        return await self._do(command, rollout_id, worker_id, request_id, needs=needs)
 
     async def cancel_rollouts(self, rollout_ids: Sequence[str]) -> list[Rollout]:
-        return await self._do(self.machine.cancel_rollouts, rollout_ids)
+        needs = rollouts(rollout_ids)
+        return await self._do(self.machine.cancel_rollouts, rollout_ids, needs=needs)
 
     async def update_rollout(self, rollout_id: str, fields: dict[str, Any]) -> Rollout:
-        return await self._do(self.machine.update_rollout, rollout_id, **fields)
+        needs = rollouts([rollout_id])
+        if isinstance(fields.get("resources_id"), str):
+            needs.append(("resources", fields["resources_id"]))
+        return await self._do(self.machine.update_rollout, rollout_id, needs=needs, **fields)
 
     async def update_attempt(
         self, rollout_id: str, attempt_id: str, fields: dict[str, Any]
     ) -> Attempt:
-        return await self._do(self.machine.update_attempt, rollout_id, attempt_id, **fields)
+        needs = rollouts([rollout_id])
+        command = self.machine.update_attempt
+        return await self._do(command, rollout_id, attempt_id, needs=needs, **fields)
 
     async def end_attempt(
         self,
@@ -97,24 +130,45 @@ class StoreCore(Reads):
         expected_spans: int | None = None,
     ) -> Attempt:
         self._check()
-        attempt = self.machine.state.attempt(rollout_id, attempt_id)
-        if expected_spans and reason is EndReason.OK and not attempt.status.final:
-            num_spans = await self._spans_of(attempt, expected_spans)
+        if expected_spans and reason is EndReason.OK:
+            num_spans = await self._spans_of((rollout_id, attempt_id), expected_spans)
             if num_spans < expected_spans:
                 reason = EndReason.LOST
                 error = (
                     f"only {num_spans} of the attempt's {expected_spans} spans reached the store"
                 )
-        return await self._do(
-            self.machine.end_attempt, rollout_id, attempt_id, reason, reward=reward, error=error
-        )
+        command = functools.partial(self.machine.end_attempt, reward=reward, error=error)
+        return await self._do(command, rollout_id, attempt_id, reason, needs=rollouts([rollout_id]))
 
-    async def _spans_of(self, attempt: Attempt, expected: int) -> int:
-        """How many spans of `attempt` are here, once there are `expected` or the time for stragglers is over."""
-        key = (attempt.rollout_id, attempt.attempt_id)
-        if attempt.num_spans < expected:
-            await self._ends.wait(key, attempt.num_spans, expected, self._span_seconds)
-        return self.machine.state.attempt(*key).num_spans
+    async def _spans_of(self, key: AttemptKey, expected: int) -> int:
+        """How many spans of the attempt are here, once there are `expected` or the time for stragglers is over; `expected`
+        where it has ended already, which makes them no matter."""
+        async with self._present(rollouts([key[0]])):
+            attempt = self.machine.state.attempt(*key)
+            if attempt.status.final:
+                return expected
+            if attempt.num_spans < expected:
+                key = (attempt.rollout_id, attempt.attempt_id)
+                await self._ends.wait(key, attempt.num_spans, expected, self._span_seconds)
+            return self.machine.state.attempt(*key).num_spans
+
+    async def forget(self, rollout_ids: Sequence[str]) -> None:
+        """Remove rollouts with their attempts and spans. Unknown ones are left out; Conflict (and nothing removed) where one
+        is not final."""
+        async with self._present(rollouts(rollout_ids)):
+            self._submit()
+            keys = [
+                (one, attempt)
+                for one in rollout_ids
+                for attempt in self.machine.state.attempts.get(one, ())
+            ]
+            known = self._run(self.machine.forget, rollout_ids)
+            if known:
+                self._cache.drop(keys)
+                self._loader.forgetting.update(known)
+                gone = self._send(self._group.forget(known))
+                gone.add_done_callback(lambda _: self._loader.forgetting.difference_update(known))
+        await self._committed(None)
 
     async def update_worker(
         self, worker_id: str, stats: Any, attempts: Sequence[AttemptKey]
@@ -135,28 +189,32 @@ class StoreCore(Reads):
     async def add_spans(self, items: Sequence[SpanItem]) -> list[BatchEntry | AglError]:
         """Number and journal many batches in one commit; per batch where it was put, or what was wrong with it."""
         self._check()
-        results: list[BatchEntry | AglError] = []
-        rows: list[SpanRow] = []
-        late: list[int] = []
-        for place, item in enumerate(items):
-            key = item[:2]
-            try:
-                closed = self.machine.state.attempt(*key).status.final
-                known = self.machine.known_batch(key, item[2])
-                if closed:
-                    late.append(place)
-                results.append(BatchEntry(0, 0) if closed else known or self._number(item, rows))
-            except AglError as error:
-                results.append(error)
-        await self._committed(None, rows)
-        for place in late:
-            results[place] = await self._add_late(items[place])
-        return results
+        async with self._present(rollouts({item[0] for item in items})):
+            results: list[BatchEntry | AglError] = []
+            rows: list[SpanRow] = []
+            late: list[int] = []
+            for place, item in enumerate(items):
+                key = item[:2]
+                try:
+                    closed = self.machine.state.attempt(*key).status.final
+                    known = self.machine.known_batch(key, item[2])
+                    if closed:
+                        late.append(place)
+                    results.append(
+                        BatchEntry(0, 0) if closed else known or self._number(item, rows)
+                    )
+                except AglError as error:
+                    results.append(error)
+            await self._committed(None, rows)
+            for place in late:
+                results[place] = await self._add_late(items[place])
+            return results
 
     def _number(self, item: SpanItem, rows: list[SpanRow]) -> BatchEntry:
         rollout_id, attempt_id, batch_id, count, payload = item
         if count < 1:
             raise InputError(f"add_spans: expected one span or more in the batch, got {count}")
+        check_text("batch_id", batch_id)
         key = (rollout_id, attempt_id)
         num_before = self.machine.state.attempt(*key).num_spans
         entry = self._run(self.machine.add_spans, key, batch_id, count, len(payload))
@@ -167,7 +225,8 @@ class StoreCore(Reads):
         return entry
 
     async def _add_late(self, item: SpanItem) -> BatchEntry:
-        """Spans of an attempt that has ended: kept, and a repetition is looked up in the journal, one at a time."""
+        """Spans of an attempt that has ended (and is in memory): kept, and a repetition is looked up in the journal, one at
+        a time."""
         async with self._late:
             await self._committed(None)
             found = await self._journal.find_batch(item[:2], item[2])
@@ -181,20 +240,38 @@ class StoreCore(Reads):
     async def read_spans(self, keys: Sequence[AttemptKey]) -> Payloads:
         """The payloads of these attempts, in the given order; from memory where they are all there."""
         self._check()
-        wanted = {key: self.machine.state.attempt(*key) for key in keys}
+        async with self._present(rollouts({key[0] for key in keys})):
+            wanted = {key: self.machine.state.attempt(*key) for key in keys}
         found = {key: self._cache.get(key) for key in wanted}
-        missing = [key for key, rows in found.items() if rows is None and wanted[key].num_spans]
+        missing = {
+            key: one.num_spans
+            for key, one in wanted.items()
+            if found[key] is None and one.num_spans
+        }
         await self._committed(None)
         if missing:
             found |= await self._read_back(missing)
         return join([row for key in keys for row in found[key] or ()])
 
-    async def _read_back(self, keys: Sequence[AttemptKey]) -> dict[AttemptKey, list[SpanRow]]:
-        """From the journal into the cache."""
-        found: dict[AttemptKey, list[SpanRow]] = {key: [] for key in keys}
-        for row in await self._journal.payloads(keys):
+    async def _read_back(self, expected: dict[AttemptKey, int]) -> dict[AttemptKey, list[SpanRow]]:
+        """From the journal into the cache. expected: how many spans each had when it was asked for."""
+        found: dict[AttemptKey, list[SpanRow]] = {key: [] for key in expected}
+        for row in await self._journal.payloads(list(expected)):
             found[row.key].append(row)
         for key, rows in found.items():
-            if sum(row.number for row in rows) == self.machine.state.attempt(*key).num_spans:
+            known = self.machine.state.attempts.get(key[0], {}).get(key[1])
+            number = expected[key] if known is None else known.num_spans
+            if sum(row.number for row in rows) == number:
                 self._cache.fill(key, rows)
         return found
+
+
+def _named(request: EnqueueRolloutRequest) -> EnqueueRolloutRequest:
+    """With an id, so that it can be asked whether the store knows it."""
+    return request if request.rollout_id else replace(request, rollout_id=new_id("ro"))
+
+
+def _needs(requests: Sequence[EnqueueRolloutRequest]) -> list[Key]:
+    needs = rollouts(str(request.rollout_id) for request in requests)
+    named = {request.resources_id for request in requests}
+    return needs + [("resources", one) for one in named if one is not None]

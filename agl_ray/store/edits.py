@@ -12,7 +12,7 @@ from typing import Any
 from msgspec import UNSET, UnsetType
 
 from agl_ray.store import lifecycle
-from agl_ray.store.checks import check_end, check_json
+from agl_ray.store.checks import check_end, check_json, check_record, check_worker
 from agl_ray.store.state import REQUEST_ID, State
 from agl_ray.types import (
     Attempt,
@@ -46,7 +46,9 @@ def update_rollout(
     target = rollout.status if isinstance(status, UnsetType) else RolloutStatus(status)
     check_status(state, rollout, target)
     if given:
-        rollout = state.put_rollout(replace(rollout, **given))
+        changed = replace(rollout, **given)
+        check_record("update_rollout", changed)
+        rollout = state.put_rollout(changed)
     return set_status(state, rollout, target, now)
 
 
@@ -95,12 +97,15 @@ def update_attempt(
     given = {name: value for name, value in fields.items() if value is not UNSET}
     status = AttemptStatus(given.pop("status", attempt.status))
     check_json("metadata", given.get("metadata"))
+    check_worker(given.get("worker_id"))
     check_attempt_status(attempt, status)
     if "metadata" in given:
         request = {key: attempt.metadata[key] for key in (REQUEST_ID,) if key in attempt.metadata}
         given["metadata"] = {**request, **(given["metadata"] or {})}
     if given:
-        before, attempt = attempt, state.put_attempt(replace(attempt, **given))
+        changed = replace(attempt, **given)
+        check_record("update_attempt", changed)
+        before, attempt = attempt, state.put_attempt(changed)
         for worker_id in {before.worker_id, attempt.worker_id} if "worker_id" in given else ():
             lifecycle.follow_worker(state, worker_id, now)
     if status is attempt.status or attempt.status.final:

@@ -49,13 +49,13 @@ def begin(
         lease_until=now + lease_of(rollout, lease_seconds),
         metadata={} if request_id is None else {REQUEST_ID: request_id},
     )
-    state.put_attempt(attempt)
     rollout = replace(
         rollout,
         status=RolloutStatus.PREPARING,
         num_attempts=attempt.sequence_id,
     )
     state.put_rollout(rollout)
+    state.put_attempt(attempt)
     follow_worker(state, worker_id, now)
     return AttemptedRollout(rollout=rollout, attempt=attempt)
 

@@ -1,7 +1,7 @@
 """The LightningStore as a pure, synchronous state machine: command in, records changed out.
 
 What it is: one method per command. `now` (seconds since the epoch) is passed in; nothing here waits, reads a clock or touches a
-disk. A command either raises before anything changed, or applies whole; `state.drain()` then gives the changed records
+disk. What a command names is in memory already where the store has it at all. A command either raises before anything changed, or applies whole; `state.drain()` then gives the changed records
 for the journal. Commands that a client may repeat after a lost answer carry an id made by the client (rollout id, request id,
 batch id, resources id) and answer a repetition as they answered the first call.
 Who calls it: `agl_ray.store.core`. Test alone: tests/unit/test_store_machine.py, tests/property/test_store_model.py.
@@ -15,8 +15,18 @@ from typing import Any
 from msgspec import UNSET, UnsetType
 
 from agl_ray.store import edits, lifecycle
-from agl_ray.store.checks import check_end, check_id, check_json, clean_text
-from agl_ray.store.state import AttemptKey, BatchEntry, Snapshot, State
+from agl_ray.store.checks import (
+    check_dictionary,
+    check_end,
+    check_id,
+    check_json,
+    check_record,
+    check_text,
+    check_worker,
+    clean_text,
+)
+from agl_ray.store.journals.base import AttemptKey, BatchEntry, Live
+from agl_ray.store.state import Group, State
 from agl_ray.types import (
     UNANSWERED_CALL,
     Attempt,
@@ -38,16 +48,31 @@ from agl_ray.types import (
 
 class Machine:
     """lease_seconds: an attempt that shows no life for this long is `lost`.
-    grace_seconds: how long past its own deadline an attempt may be before the store ends it `timeout`."""
+    grace_seconds: how long past its own deadline an attempt may be before the store ends it `timeout`.
+    max_bytes: how much of what is final or waits may stay in memory; None = all."""
 
-    def __init__(self, *, lease_seconds: float = 30.0, grace_seconds: float = 5.0) -> None:
+    def __init__(
+        self,
+        *,
+        lease_seconds: float = 30.0,
+        grace_seconds: float = 5.0,
+        max_bytes: int | None = None,
+    ) -> None:
         self.lease_seconds = lease_seconds
         self.grace_seconds = grace_seconds
-        self.state = State()
+        self.state = State() if max_bytes is None else State(max_bytes)
 
-    def restore(self, snapshot: Snapshot, now: float) -> None:
-        """Take over a journal. Attempts open at the time get a fresh lease, so that living runners go on."""
-        self.state.restore(snapshot)
+    def restore(
+        self,
+        live: Live,
+        groups: Sequence[Group],
+        workers: Sequence[Worker],
+        latest_resources: ResourcesUpdate | None,
+        now: float,
+    ) -> None:
+        """Take over a journal; `groups`: the rollouts with open attempts. Those get a fresh lease, so that living runners
+        go on."""
+        self.state.restore(live, groups, workers, latest_resources)
         self.renew_all(now)
 
     def renew_all(self, now: float) -> None:
@@ -81,19 +106,20 @@ class Machine:
         known = self.state.resources.get(resources_id)
         if repeated and known is not None and known.resources == resources:
             return known
-        return self.state.put_resources(
-            ResourcesUpdate(
-                resources_id=resources_id,
-                create_time=now if known is None else known.create_time,
-                update_time=now,
-                version=1 if known is None else known.version + 1,
-                resources=resources,
-            )
+        update = ResourcesUpdate(
+            resources_id=resources_id,
+            create_time=now if known is None else known.create_time,
+            update_time=now,
+            version=1 if known is None else known.version + 1,
+            resources=resources,
         )
+        check_record("resources", update)
+        return self.state.put_resources(update)
 
     def put_value(self, key: str, value: bytes, now: float) -> None:
         """Keep `value` (bytes, as they are) under `key`."""
         del now
+        check_text("state key", key)
         if not isinstance(value, bytes):
             raise InputError(f"state {key!r}: expected bytes, got {type(value).__name__}")
         self.state.put_value(key, value)
@@ -118,8 +144,9 @@ class Machine:
                     f"rollout {rollout_id!r} exists with another input: choose a fresh id"
                 )
             return known
+        check_text("mode", request.mode)
         check_json("input", request.input)
-        check_json("metadata", request.metadata)
+        check_dictionary("metadata", request.metadata)
         resources_id = request.resources_id
         latest = self.state.latest_resources()
         if resources_id is None:
@@ -128,7 +155,10 @@ class Machine:
             raise NotFound(
                 f"resources_id {resources_id!r}: not in the store; add_resources comes first"
             )
-        fields: dict[str, Any] = {} if request.config is None else {"config": request.config}
+        fields: dict[str, Any] = {}
+        if request.config is not None:
+            check_record("config", request.config)
+            fields["config"] = request.config
         return Rollout(
             rollout_id=rollout_id,
             input=request.input,
@@ -149,6 +179,7 @@ class Machine:
         again = self._made_by(request_id)
         if again:
             return again
+        check_worker(worker_id)
         taken: list[AttemptedRollout] = []
         while len(taken) < limit and self.state.queue:
             rollout_id, _ = self.state.queue.popitem(last=False)
@@ -166,6 +197,7 @@ class Machine:
         again = self._made_by(request_id)
         if again:
             return again[0]
+        check_worker(worker_id)
         if request.rollout_id in self.state.rollouts:
             raise Conflict(f"rollout {request.rollout_id!r} exists: use start_attempt")
         return self._begin(self._rollout_of(request, now), worker_id, request_id, now)
@@ -177,6 +209,7 @@ class Machine:
         again = self._made_by(request_id)
         if again:
             return again[0]
+        check_worker(worker_id)
         rollout = self.state.rollout(rollout_id)
         if rollout.status.final:
             raise Conflict(
@@ -226,6 +259,8 @@ class Machine:
         metadata: Any = UNSET,
     ) -> Rollout:
         """Change the given fields; a status goes by the rules of `agl_ray.store.edits.set_status`."""
+        if not isinstance(mode, UnsetType):
+            check_text("mode", mode)
         if resources_id not in (UNSET, None) and resources_id not in self.state.resources:
             raise NotFound(f"resources_id {resources_id!r}: not in the store")
         fields = {"input": input, "mode": mode, "resources_id": resources_id}
@@ -295,7 +330,8 @@ class Machine:
     ) -> Worker:
         """A heartbeat: it renews the leases of `attempts` (those that are open; others are left as they ended)."""
         check_id("worker_id", worker_id)
-        check_json("heartbeat_stats", heartbeat_stats)
+        if heartbeat_stats is not None and not isinstance(heartbeat_stats, UnsetType):
+            check_dictionary("heartbeat_stats", heartbeat_stats)
         for rollout_id, attempt_id in attempts:
             if (rollout_id, attempt_id) in self.state.open:
                 attempt = self.state.attempts[rollout_id][attempt_id]
@@ -332,3 +368,22 @@ class Machine:
     def _end_over_head(self, key: AttemptKey, reason: EndReason, why: str, now: float) -> Attempt:
         attempt = self.state.attempts[key[0]][key[1]]
         return lifecycle.end(self.state, attempt, reason, now=now, error=why)
+
+    def forget(self, rollout_ids: Iterable[str], now: float) -> list[str]:
+        """Remove final rollouts with all that belongs to them, and give the ids of those that were there. Conflict (and nothing
+        is removed) where one is not final or has an open attempt."""
+        del now
+        known = [one for one in dict.fromkeys(rollout_ids) if one in self.state.rollouts]
+        for rollout_id in known:
+            status = self.state.rollouts[rollout_id].status
+            if not status.final:
+                raise Conflict(
+                    f"rollout {rollout_id!r} is {status}: only final rollouts can be forgotten"
+                )
+            if self.state.tallies[rollout_id].num_open:
+                raise Conflict(
+                    f"rollout {rollout_id!r} has an open attempt: end that before it is forgotten"
+                )
+        for rollout_id in known:
+            self.state.forget(rollout_id)
+        return known

@@ -109,7 +109,7 @@ class Query(NamedTuple):
     after: tuple[Any, str] | None = None
     limit: int = -1
     offset: int = 0
-    count: bool = False
+    count: bool = False  # type: ignore[assignment]  # tuple.count is of no use here
 
 
 class Page(NamedTuple):

@@ -31,6 +31,7 @@ class GroupCommit:
         self._on_failure = on_failure
         self._rows: dict[tuple[str, str], Row] = {}
         self._spans: list[SpanRow] = []
+        self._forgotten: list[str] = []
         self._group: asyncio.Future[None] | None = None  # gathering
         self._writing: asyncio.Future[None] | None = None
         self._task: asyncio.Task[None] | None = None  # of `_writing`
@@ -43,6 +44,16 @@ class GroupCommit:
             raise self.failure
         self._rows.update(((row.kind, row.key), row) for row in rows)
         self._spans.extend(spans)
+        return self._gathering()
+
+    def forget(self, rollout_ids: Sequence[str]) -> asyncio.Future[None]:
+        """Remove these rollouts, after everything submitted so far. They may be submitted again once that is done."""
+        if self.failure is not None:
+            raise self.failure
+        self._forgotten.extend(rollout_ids)
+        return self._gathering()
+
+    def _gathering(self) -> asyncio.Future[None]:
         if self._group is None:
             self._group = self._loop.create_future()
             if self._writing is None:
@@ -61,8 +72,18 @@ class GroupCommit:
         self._writing, self._group = self._group, None
         rows, self._rows = list(self._rows.values()), {}
         spans, self._spans = self._spans, []
-        self._task = self._loop.create_task(self._journal.write(rows, spans), name="store-commit")
+        forgotten, self._forgotten = self._forgotten, []
+        work = self._commit(rows, spans, forgotten)
+        self._task = self._loop.create_task(work, name="store-commit")
         self._task.add_done_callback(self._written)
+
+    async def _commit(
+        self, rows: Sequence[Row], spans: Sequence[SpanRow], forgotten: Sequence[str]
+    ) -> None:
+        if rows or spans:
+            await self._journal.write(rows, spans)
+        if forgotten:
+            await self._journal.forget(forgotten)
 
     def _written(self, done: asyncio.Task[None]) -> None:
         group, self._writing = self._writing, None

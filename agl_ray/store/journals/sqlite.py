@@ -11,7 +11,6 @@ from __future__ import annotations
 
 import asyncio
 import fcntl
-import json
 import logging
 import os
 import sqlite3
@@ -213,25 +212,25 @@ class SqliteJournal:
     # Reading.
 
     async def rows(self, kind: str, keys: Sequence[str]) -> list[Row]:
-        text = f"SELECT {fields(kind)} FROM {kind} WHERE key IN (SELECT value FROM json_each(?))"
-        return await self._rows(kind, text, (json.dumps(list(keys)),))
+        where, values = sql.among("key", keys)
+        return await self._rows(kind, f"SELECT {fields(kind)} FROM {kind} WHERE {where}", values)
 
     async def attempts_of(self, rollout_ids: Sequence[str]) -> list[Row]:
+        where, values = sql.among("rollout_id", rollout_ids)
         text = (
-            f"SELECT {fields('attempt')} FROM attempt WHERE rollout_id IN (SELECT value FROM json_each(?)) "
-            "ORDER BY rollout_id, position"
+            f"SELECT {fields('attempt')} FROM attempt WHERE {where} ORDER BY rollout_id, position"
         )
-        return await self._rows("attempt", text, (json.dumps(list(rollout_ids)),))
+        return await self._rows("attempt", text, values)
 
     async def _rows(self, kind: str, text: str, values: Sequence[Any]) -> list[Row]:
         return await self._read(lambda connection: list(records(connection, kind, text, values)))
 
     async def span_totals(self, rollout_ids: Sequence[str]) -> list[SpanTotals]:
+        where, values = sql.among("rollout_id", rollout_ids)
         text = (
             "SELECT rollout_id, attempt_id, SUM(count), MAX(first + count - 1), SUM(size) FROM spans "
-            "WHERE rollout_id IN (SELECT value FROM json_each(?)) GROUP BY rollout_id, attempt_id"
+            f"WHERE {where} GROUP BY rollout_id, attempt_id"
         )
-        values = (json.dumps(list(rollout_ids)),)
         return await self._read(
             lambda connection: [
                 SpanTotals((row[0], row[1]), *row[2:]) for row in connection.execute(text, values)

@@ -9,7 +9,7 @@ Who calls it: `journals.sqlite`. Test alone: tests/unit/test_store_journal_contr
 from __future__ import annotations
 
 import json
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from typing import Any
 
 from agl_ray.store.journals.base import COLUMNS, Condition, Query
@@ -72,13 +72,22 @@ def _condition(condition: Condition) -> tuple[str, list[Any]]:
     if condition.is_in is None:
         return f"instr({field}, ?) > 0", [condition.contains]
     given = [value for value in condition.is_in if value is not None]
-    texts = [f"{field} IS NULL"] if len(given) < len(condition.is_in) else []
-    if len(given) == 1:
+    text, values = among(field, given)
+    return (text if len(given) == len(condition.is_in) else f"({field} IS NULL OR {text})"), values
+
+
+def among(field: str, given: Sequence[Any]) -> Statement:
+    """The condition that `field` is one of these values (none of them None): one parameter, however many there are. Those that
+    JSON in SQLite cannot carry, with a NUL, are parameters of their own."""
+    odd = [value for value in given if isinstance(value, str) and "\0" in value]
+    plain = [value for value in given if value not in odd] if odd else list(given)
+    texts = [f"{field} = ?"] * len(odd)
+    if len(plain) == 1:
         texts.append(f"{field} = ?")
-    elif given:
+    elif plain:
         texts.append(f"{field} IN (SELECT value FROM json_each(?))")
-        given = [json.dumps(given)]  # one parameter, however many values
-    return "(" + (" OR ".join(texts) or "0") + ")", given
+        plain = [json.dumps(plain)]
+    return "(" + (" OR ".join(texts) or "0") + ")", [*odd, *plain]
 
 
 def _where(conditions: list[str]) -> str:

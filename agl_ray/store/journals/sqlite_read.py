@@ -50,7 +50,7 @@ def read_live(connection: sqlite3.Connection, starts: int) -> Live:
         latest_resources=next(records(connection, "resources", latest), None),
         rollouts_by_status=dict(pairs("SELECT status, COUNT(*) FROM rollout GROUP BY status")),
         attempts_by_reason=dict(
-            pairs("SELECT ifnull(end_reason, ''), COUNT(*) FROM attempt GROUP BY end_reason")
+            pairs("SELECT ifnull(end_reason, '') AS reason, COUNT(*) FROM attempt GROUP BY reason")
         ),
         num_resources=one("SELECT COUNT(*) FROM resources")[0],
         num_spans=num_spans or 0,

@@ -1,0 +1,121 @@
+"""Lists of records: questions that the journal's indexes answer, so that they cost the same however long the history is.
+
+What it is: an answer is what the journal holds once everything acknowledged or seen before is in it. What a journal is not told
+(heartbeats, leases, span counts) is laid over it from memory, or summed up from the spans.
+Who calls it: `agl_ray.store.core.StoreCore` builds on it. Test alone: tests/unit/test_store_bounded.py.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from typing import Any
+
+from agl_ray.store.journals.answers import answer
+from agl_ray.store.journals.base import Condition, Page, Query
+from agl_ray.store.reads import Reads
+from agl_ray.store.rows import record_of, row_of
+from agl_ray.types import (
+    Attempt,
+    InputError,
+    ResourcesUpdate,
+    Rollout,
+    RolloutStatus,
+    Worker,
+    replace,
+)
+
+
+class Lists(Reads):
+    """`find_*`: records and, where `query.count`, how many match without `after`, `offset` and `limit`."""
+
+    async def query_records(self, kind: str, query: Query) -> tuple[list[Any], int | None]:
+        """`find_*` by the kind's name (rollout, attempt, resources, worker), for callers in Python."""
+        finders: dict[str, Any] = {
+            "rollout": self.find_rollouts,
+            "attempt": self.find_attempts,
+            "resources": self.find_resources,
+            "worker": self.find_workers,
+        }
+        if kind not in finders or query.kind != kind:
+            raise InputError(
+                f"query_records: expected a kind of {list(finders)} and a query of it, got {kind!r} and {query.kind!r}"
+            )
+        found: tuple[list[Any], int | None] = await finders[kind](query)
+        return found
+
+    async def find_rollouts(self, query: Query) -> tuple[list[Rollout], int | None]:
+        page = await self._page(query)
+        return [record_of(row, Rollout) for row in page.rows], page.total
+
+    async def find_resources(self, query: Query) -> tuple[list[ResourcesUpdate], int | None]:
+        page = await self._page(query)
+        return [record_of(row, ResourcesUpdate) for row in page.rows], page.total
+
+    async def find_attempts(self, query: Query) -> tuple[list[Attempt], int | None]:
+        page = await self._page(query)
+        found = [record_of(row, Attempt) for row in page.rows]
+        held = self.machine.state.attempts
+        away = list(dict.fromkeys(one.rollout_id for one in found if one.rollout_id not in held))
+        totals = {
+            one.key: one.number for one in (await self._journal.span_totals(away) if away else ())
+        }
+        return await self._committed([self._told(one, totals) for one in found]), page.total
+
+    def _told(self, attempt: Attempt, totals: dict[tuple[str, str], int]) -> Attempt:
+        """With what the journal is not told."""
+        key = (attempt.rollout_id, attempt.attempt_id)
+        now = self.machine.state.attempts.get(key[0], {}).get(key[1])
+        if now is None:
+            return replace(attempt, num_spans=totals.get(key, attempt.num_spans))
+        if attempt.end_reason is not None or now.end_reason is not None:
+            return replace(attempt, num_spans=now.num_spans)
+        return now
+
+    async def find_workers(self, query: Query) -> tuple[list[Worker], int | None]:
+        """They are all in memory."""
+        self._check()
+        workers = self.machine.state.workers
+        page = answer(query, [row_of("worker", key, 0, one) for key, one in workers.items()])
+        return await self._committed(([workers[row.key] for row in page.rows], page.total))
+
+    async def query_rollouts(
+        self,
+        status_in: Sequence[RolloutStatus] | None,
+        rollout_id_in: Sequence[str] | None,
+        mode: str | None,
+        limit: int,
+        offset: int,
+    ) -> list[Rollout]:
+        """In order of creation; `limit` -1 = all."""
+        must = []
+        if status_in is not None:
+            must.append(Condition("status", tuple(one.value for one in status_in)))
+        if rollout_id_in is not None:
+            must.append(Condition("key", tuple(rollout_id_in)))
+        if mode is not None:
+            must.append(Condition("mode", (mode,)))
+        query = Query("rollout", tuple(must), order_by="created", limit=limit, offset=offset)
+        return (await self.find_rollouts(query))[0]
+
+    async def _page(self, query: Query) -> Page:
+        self._check()
+        await self._committed(None)
+        status = _status_alone(query)
+        if not query.count or status is None:
+            return await self._journal.query(query)
+        page = await self._journal.query(query._replace(count=False))
+        counts = self.machine.state.rollouts_by_status
+        return Page(page.rows, sum(counts[one] for one in status))
+
+
+def _status_alone(query: Query) -> tuple[str, ...] | None:
+    """The statuses asked for, where nothing else is: the store has counted those already."""
+    conditions = (*query.must, *query.where)
+    if query.kind != "rollout" or len(conditions) > 1:
+        return None
+    if not conditions:
+        return tuple(RolloutStatus)
+    (condition,) = conditions
+    if condition.field != "status" or condition.is_in is None:
+        return None
+    return tuple(dict.fromkeys(one for one in condition.is_in if one is not None))
