@@ -15,6 +15,7 @@ from collections.abc import Callable, Iterable, Sequence
 from typing import Any, Self, TypeVar
 
 from agl_ray.store.cache import PayloadCache
+from agl_ray.store.events import EventLog
 from agl_ray.store.journals.base import Journal, Live, Row, SpanRow
 from agl_ray.store.journals.group_commit import GroupCommit
 from agl_ray.store.journals.marks import open_checked
@@ -66,6 +67,7 @@ class CoreBase:
         self._journal = journal
         self._group = GroupCommit(journal, self.loop, self._fail)
         self._travelling: asyncio.Future[None] | None = None  # the newest commit seen by `_send`
+        self._events = EventLog(journal)
         self._loader = Loader(journal, self.machine.state, self._settled)
         self._present = self._loader.present
         self._cache = PayloadCache(int(cache_mib * 2**20))
@@ -118,6 +120,7 @@ class CoreBase:
                 f"store {self.url}: damaged: the journal has an open attempt of rollout {missing!r} and not the rollout; "
                 "restore the journal from a copy, or start a new run"
             )
+        await self._events.restore(live.last_event)
         latest = live.latest_resources
         self._starts = live.starts
         self.machine.restore(
@@ -135,6 +138,7 @@ class CoreBase:
         if self.failure is None:
             self._fail(StoreError(f"store {self.url}: it was shut down"))
         await self._group.close()
+        await self._events.close()
         await self._journal.close()
 
     def now(self) -> float:
@@ -192,7 +196,10 @@ class CoreBase:
             raise self._failure() from error
         for row, change in zip(rows, changes.values(), strict=True):
             state.weigh(row.kind, row.key, change.record, len(row.body))
-        future = self._send(self._group.submit(rows, spans))
+        changed = {key: change.record for key, change in changes.items()}
+        events, event_rows = self._events.note(changed, self.now())
+        future = self._send(self._group.submit(rows, spans, event_rows))
+        self._events.sent(future, events)
         self._announce(changes, rows)
         return future
 
@@ -208,6 +215,7 @@ class CoreBase:
         if commit.exception() is None:
             self.machine.state.residents.arrived(commit)
             self.machine.state.shrink()
+            self._events.arrived(commit)
 
     def _announce(self, changes: dict[tuple[str, str], Change], rows: Sequence[Row]) -> None:
         waiting = 0
@@ -231,7 +239,7 @@ class CoreBase:
         """The end of this core: whoever waits is told, and everybody after."""
         if self.failure is None:
             self.failure = error
-            for waiters in (self._takers, self._finals, self._ends):
+            for waiters in (self._takers, self._finals, self._ends, self._events):
                 waiters.fail(error)
 
     async def _watch_clock(self) -> None:

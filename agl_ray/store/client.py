@@ -9,7 +9,7 @@ Who calls it: runners, gateway, controller, learner, tools. Test alone: tests/un
 from __future__ import annotations
 
 import time
-from collections.abc import Iterable, Sequence
+from collections.abc import AsyncIterator, Iterable, Sequence
 from typing import Any
 
 import msgspec
@@ -24,11 +24,14 @@ from agl_ray.types import (
     AttemptStatus,
     EndReason,
     EnqueueRolloutRequest,
+    EventPage,
     NamedResources,
+    NotFound,
     ResourcesUpdate,
     Rollout,
     RolloutConfig,
     RolloutStatus,
+    StoreEvent,
     Worker,
     new_id,
 )
@@ -239,6 +242,36 @@ class LightningStore(SpanCalls):
     async def list_state(self, prefix: str = "") -> list[str]:
         """The keys that start with `prefix`, sorted."""
         return await self._call("list_state", prefix)
+
+    async def read_events(
+        self, after: int = 0, *, limit: int = 1000, wait_seconds: float = 0.0
+    ) -> EventPage:
+        """Up to `limit` (at most 1000) changes of state with a number above `after`, in order; waits up to `wait_seconds` for the first.
+
+        The newest 100,000 are kept: see `EventPage.oldest`."""
+        give_up = time.monotonic() + wait_seconds
+        while True:
+            left = max(0.0, give_up - time.monotonic())
+            slice_seconds = min(left, SLICE_SECONDS)
+            page: EventPage = await self._call(
+                "read_events", after, limit, slice_seconds, blocking=slice_seconds
+            )
+            if page.events or left <= SLICE_SECONDS:
+                return page
+
+    async def events(self, after: int = 0) -> AsyncIterator[StoreEvent]:
+        """Every change of state behind number `after`, as it happens, without end; 0 = from the beginning. A reader that is slow never slows
+        the store. NotFound where some of what was asked for is not kept any more: it says from where on there are events."""
+        while True:
+            page = await self.read_events(after, wait_seconds=SLICE_SECONDS)
+            if after + 1 < page.oldest and page.events:
+                raise NotFound(
+                    f"events {after + 1} to {page.oldest - 1} are not kept any more; ask for those after {page.oldest - 1}, and read what "
+                    "the store holds now by its queries"
+                )
+            for event in page.events:
+                yield event
+            after = page.next
 
     async def ping(self) -> float:
         """Seconds that the store has been up (since its last restart)."""

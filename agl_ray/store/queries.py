@@ -152,4 +152,6 @@ class StoreQueries(StoreCaller):
 
 
 def _rollout_field(rollout: Rollout, field: str) -> Any:
-    return operator.attrgetter({"key": "rollout_id", "created": "start_time"}.get(field, field))(rollout)
+    return operator.attrgetter({"key": "rollout_id", "created": "start_time"}.get(field, field))(
+        rollout
+    )

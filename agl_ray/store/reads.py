@@ -11,7 +11,7 @@ from typing import Any
 from agl_ray.store.base import CoreBase, rollouts
 from agl_ray.store.checks import is_id
 from agl_ray.store.rows import record_of
-from agl_ray.types import Attempt, ResourcesUpdate, Rollout, Worker
+from agl_ray.types import Attempt, EventPage, ResourcesUpdate, Rollout, Worker
 
 MOST_LOADED = 1000  # rollouts that one question brings to memory at a time
 
@@ -144,6 +144,11 @@ class Reads(CoreBase):
         """Seconds that this store has been up."""
         self._check()
         return self.now() - self._opened_at
+
+    async def read_events(self, after: int, limit: int, wait_seconds: float) -> EventPage:
+        """Changes of state behind number `after`, once they are journalled; waits up to `wait_seconds` for the first."""
+        self._check()
+        return await self._events.read(after, limit, wait_seconds)
 
     async def statistics(self) -> dict[str, Any]:
         self._check()

@@ -15,6 +15,7 @@ from agl_ray.types.errors import (
     WaitTimeout,
     WeightSyncError,
 )
+from agl_ray.types.event import EventPage, StoreEvent
 from agl_ray.types.page import PaginatedResult
 from agl_ray.types.resource import LLM, NamedResources, PromptTemplate, Resource, ResourcesUpdate
 from agl_ray.types.rollout import (
@@ -50,6 +51,7 @@ __all__ = [
     "EndReason",
     "EngineError",
     "EnqueueRolloutRequest",
+    "EventPage",
     "InputError",
     "NamedResources",
     "NotFound",
@@ -64,6 +66,7 @@ __all__ = [
     "RunError",
     "Span",
     "StoreError",
+    "StoreEvent",
     "WaitTimeout",
     "WeightSyncError",
     "Worker",

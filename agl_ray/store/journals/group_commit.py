@@ -10,7 +10,7 @@ from __future__ import annotations
 import asyncio
 from collections.abc import Callable, Sequence
 
-from agl_ray.store.journals.base import Journal, Row, SpanRow
+from agl_ray.store.journals.base import EventRow, Journal, Row, SpanRow
 from agl_ray.types import StoreError
 
 
@@ -31,6 +31,7 @@ class GroupCommit:
         self._on_failure = on_failure
         self._rows: dict[tuple[str, str], Row] = {}
         self._spans: list[SpanRow] = []
+        self._events: list[EventRow] = []
         self._forgotten: list[str] = []
         self._group: asyncio.Future[None] | None = None  # gathering
         self._writing: asyncio.Future[None] | None = None
@@ -38,12 +39,15 @@ class GroupCommit:
         self.failure: StoreError | None = None
         self.groups = 0
 
-    def submit(self, rows: Sequence[Row], spans: Sequence[SpanRow]) -> asyncio.Future[None]:
+    def submit(
+        self, rows: Sequence[Row], spans: Sequence[SpanRow], events: Sequence[EventRow] = ()
+    ) -> asyncio.Future[None]:
         """Add to the gathering group; a newer row replaces an older one of the same record."""
         if self.failure is not None:
             raise self.failure
         self._rows.update(((row.kind, row.key), row) for row in rows)
         self._spans.extend(spans)
+        self._events.extend(events)
         return self._gathering()
 
     def forget(self, rollout_ids: Sequence[str]) -> asyncio.Future[None]:
@@ -72,16 +76,21 @@ class GroupCommit:
         self._writing, self._group = self._group, None
         rows, self._rows = list(self._rows.values()), {}
         spans, self._spans = self._spans, []
+        events, self._events = self._events, []
         forgotten, self._forgotten = self._forgotten, []
-        work = self._commit(rows, spans, forgotten)
+        work = self._commit(rows, spans, events, forgotten)
         self._task = self._loop.create_task(work, name="store-commit")
         self._task.add_done_callback(self._written)
 
     async def _commit(
-        self, rows: Sequence[Row], spans: Sequence[SpanRow], forgotten: Sequence[str]
+        self,
+        rows: Sequence[Row],
+        spans: Sequence[SpanRow],
+        events: Sequence[EventRow],
+        forgotten: Sequence[str],
     ) -> None:
-        if rows or spans:
-            await self._journal.write(rows, spans)
+        if rows or spans or events:
+            await self._journal.write(rows, spans, events)
         if forgotten:
             await self._journal.forget(forgotten)
 
