@@ -33,9 +33,11 @@ from actors.gateway import (
 from actors.interruption import Interruption
 from actors.model_maker import ModelMaker
 from actors.ray_cluster import cluster_address, joined
-from actors.store import create_store
+from actors.store import create_store, journal_settings
+from actors.store_door import door_key, store_doors
 from actors.weight_sync import create_weight_sync
 from agl_ray.config import RunConfig
+from agl_ray.config.store_address import store_url
 from agl_ray.gateway.conversation import conversation
 from agl_ray.gateway.engine_api import GenerateRequest
 from agl_ray.ops.curves import draw_curves
@@ -66,6 +68,7 @@ class RunSession:
         self._stack = contextlib.ExitStack()
         self._interruption = Interruption()
         self._store: LightningStore | None = None
+        self._door_key: str | None = None
         self._rows: list[ray.ObjectRef] = []
         self._sync: ActorHandle | None = None  # held: Ray ends an actor whose last handle is gone
 
@@ -94,19 +97,22 @@ class RunSession:
     def start_services(self) -> None:
         """Ray, the store, weight sync. InputError at once when the HTTP door's port is taken."""
         check_door(self.config)
+        self._door_key = door_key(self.config) if self.config.store.door else None
+        url = store_url(self.config.store.url, self.folder)
         if cluster_address(self.config) is None:
             check_vllm()  # elsewhere the engine's own node says so
         self._stack.enter_context(
             joined(self.config, self.namespace, serve_environment(self.config))
         )
         self._interruption.arm()  # Ray has set handlers of its own
-        url = self.config.store.url or f"sqlite:///{self.folder / 'store.db'}"
         self._store = create_store(
             "store",
             self.namespace,
             url,
             lease_seconds=self.config.runners.lease_seconds,
+            memory_mib=self.config.store.memory_mib,
             cache_mib=self.config.store.cache_mib,
+            settings=journal_settings(self.config.store, self.namespace),
         )
         self._stack.callback(self._close_store, self._store)
         self._sync = create_weight_sync(self.config, self.namespace)
@@ -186,17 +192,21 @@ class RunSession:
         self._stack.callback(serve.shutdown)
         engine = engine_deployment(self.config, str(model_path), self.namespace)
         application = gateway_deployment(self.config, str(model_path), self.namespace, engine)
+        address = f"http://{host}:{port}"
+        targets = [serve.RunTarget(application, name=APPLICATION, route_prefix="/")]
+        if self.config.store.door:
+            targets += store_doors(self.namespace, self._door_key, address)
         serve.run_many(
-            [serve.RunTarget(application, name=APPLICATION, route_prefix="/")],
+            targets,
             wait_for_ingress_deployment_creation=False,
             wait_for_applications_running=False,
         )
-        self._wait_for_serving(boot)
+        self._wait_for_serving(boot, [target.name for target in targets])
         wait_until_open(host, port, OPEN)
-        return f"http://{host}:{port}"
+        return address
 
-    def _wait_for_serving(self, boot: Any) -> None:
-        """Until the application runs and the first weights are in; the first error of either side ends the wait."""
+    def _wait_for_serving(self, boot: Any, names: list[str]) -> None:
+        """Until these applications run and the first weights are in; the first error of either side ends the wait."""
         limit = self.config.engine.start_seconds
         deadline = time.monotonic() + limit
         booted = running = False
@@ -204,12 +214,15 @@ class RunSession:
             if not booted and ray.wait([boot], timeout=0.2)[0]:
                 get(boot, on="the controller to boot", seconds=5)
                 booted = True
-            status = serve.status().applications.get(APPLICATION)
-            running = status is not None and status.status == ApplicationStatus.RUNNING
-            if status is not None and status.status == ApplicationStatus.DEPLOY_FAILED:
-                raise RunError(f"the engine or the gateway did not start: {_reason(status)}")
+            found = serve.status().applications
+            states = {name: found[name].status if name in found else None for name in names}
+            running = all(state == ApplicationStatus.RUNNING for state in states.values())
+            late = next((n for n, s in states.items() if s != ApplicationStatus.RUNNING), names[0])
+            if states[late] == ApplicationStatus.DEPLOY_FAILED:
+                raise RunError(f"{_WHAT.get(late, late)} did not start: {_reason(found[late])}")
             if time.monotonic() > deadline:
-                raise WaitTimeout("engine and gateway to start", limit, _reason(status))
+                what = f"{_WHAT.get(late, late)} to start"
+                raise WaitTimeout(what, limit, _reason(found.get(late)))
             if booted:
                 time.sleep(0.2)
 
@@ -264,6 +277,9 @@ class RunSession:
     async def _side(self, result: RowResult) -> dict[str, Any]:
         spans = await self.store.query_span_rows(result.rollout_id, result.attempt_id)
         return {"messages": conversation(spans), "reward": result.reward}
+
+
+_WHAT = {APPLICATION: "engine and gateway"}
 
 
 def _reason(status: Any) -> str:

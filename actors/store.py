@@ -15,6 +15,8 @@ import time
 import warnings
 from typing import Any
 
+from agl_ray.config.models import StoreConfig
+from agl_ray.config.store_address import masked
 from agl_ray.store.client import LightningStore
 from agl_ray.store.core import StoreCore
 from agl_ray.store.journals.settings import JournalSettings
@@ -65,7 +67,7 @@ class Store:
     async def _open(self) -> StoreCore:
         async with self._opening:
             if self._closed:
-                raise StoreError(f"store {self._url}: it was shut down")
+                raise StoreError(f"store {masked(self._url)}: it was shut down")
             if self._core is not None and self._core.failure is None:
                 return self._core
             if self._failure is not None and time.monotonic() < self._tried_at + RETRY_SECONDS:
@@ -95,6 +97,17 @@ def _restarted() -> bool:
     with warnings.catch_warnings():  # Ray's own property asks Ray's deprecated one
         warnings.simplefilter("ignore")
         return bool(ray.get_runtime_context().was_current_actor_reconstructed)
+
+
+def journal_settings(config: StoreConfig, run_id: str) -> JournalSettings:
+    """How the journal of run `run_id` keeps its data; the pool's settings that are not given are taken from the environment."""
+    given = {"run_id": config.run_id or run_id, "mongodb_database": config.mongodb_database}
+    return JournalSettings.from_environment(
+        pool=config.pool.model_dump(),
+        payload=config.payload,
+        encryption=config.encryption,
+        **{name: value for name, value in given.items() if value is not None},
+    )
 
 
 def create_store(

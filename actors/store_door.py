@@ -6,12 +6,17 @@ get the store actor. Test alone: `pytest tests/integration/test_store_door.py` (
 
 from __future__ import annotations
 
+import os
+from ipaddress import ip_address
 from typing import Any
 
+from agl_ray.config import RunConfig
 from agl_ray.store import LightningStore
 from agl_ray.store.doors.app import store_app
 from agl_ray.store.doors.asgi import App
+from agl_ray.types import ConfigError
 
+KEY_VARIABLE = "AGL_STORE_API_KEY"
 PREFIX = "/v1"
 FACADE_PREFIXES = ("/api", "/proxy")
 
@@ -59,3 +64,40 @@ def store_door(
         },
     )
     return deployment.bind(namespace, api_key, gateway_url)
+
+
+def door_key(config: RunConfig) -> str | None:
+    """What callers of the doors must show: AGL_STORE_API_KEY. ConfigError where there is none and the gateway's host can be reached
+    from other machines."""
+    key = os.environ.get(KEY_VARIABLE) or None
+    host = config.gateway.host
+    if key is None and not _is_own(host):
+        raise ConfigError(
+            f"store.door: gateway.host {host} can be reached from other machines and there is no key: set {KEY_VARIABLE}, or "
+            "gateway.host=127.0.0.1"
+        )
+    return key
+
+
+def _is_own(host: str) -> bool:
+    """Whether only this machine reaches `host`."""
+    if host == "localhost":
+        return True
+    try:
+        return ip_address(host).is_loopback
+    except ValueError:
+        return False  # a name: whatever it means
+
+
+def store_doors(namespace: str, api_key: str | None, gateway_url: str) -> list[Any]:
+    """The doors as targets of `serve.run_many`, one application per prefix of their paths."""
+    from ray import serve
+
+    return [
+        serve.RunTarget(
+            store_door(namespace, api_key, gateway_url=gateway_url),
+            name=f"store_door{prefix.replace('/', '_')}",
+            route_prefix=prefix,
+        )
+        for prefix in (PREFIX, *FACADE_PREFIXES)
+    ]

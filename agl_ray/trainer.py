@@ -11,6 +11,7 @@ is done. Whatever happens, also Ctrl-C and SIGTERM, it ends what it started.
 from __future__ import annotations
 
 import contextlib
+import os
 import time
 from collections.abc import Iterator
 from pathlib import Path
@@ -22,6 +23,7 @@ from agl_ray.config.imports import load_object
 from agl_ray.config.load import resolved_json
 from agl_ray.config.model_folder import cached_model, check_model_folder
 from agl_ray.config.rows import load_rows
+from agl_ray.config.store_address import VARIABLE as DATABASE_URL
 from agl_ray.ops.display import Display, make_display
 from agl_ray.ops.events import Notice, Phase
 from agl_ray.ops.log import setup_logging
@@ -81,6 +83,7 @@ class Trainer:
         held_out = self.rows("data.val", self.config.data.val) if val is None else val
         if self.config.model.path is not None:
             check_model_folder(Path(self.config.model.path))
+        self.config = _located(self.config)
         folder = Path(resume).resolve() if resume else make_run_folder(self.config, self.base)
         (folder / "config.json").write_text(resolved_json(self.config))
         setup_logging(folder, process="driver")
@@ -185,3 +188,12 @@ class Trainer:
         seconds = time.monotonic() - started
         self._seconds[name] = self._seconds.get(name, 0.0) + seconds
         self.display.show(Phase(name=shown or name, state="end", seconds=seconds))
+
+
+def _located(config: RunConfig) -> RunConfig:
+    """The configuration with the store's URL that the environment names, so that the run folder tells where the store is."""
+    variable = os.environ.get(DATABASE_URL)
+    if config.store.url is not None or not variable:
+        return config
+    store = config.store.model_copy(update={"url": variable})
+    return config.model_copy(update={"store": store})

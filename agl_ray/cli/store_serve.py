@@ -13,6 +13,7 @@ import signal
 import socket
 from typing import Any
 
+from agl_ray.config.store_address import masked
 from agl_ray.types import InputError, StoreError
 
 DRAIN_SECONDS = 2  # for calls in flight at the end; whoever waits longer asks again
@@ -103,7 +104,7 @@ async def _serve(
         # uvicorn obeys these while it serves, and raises them again when it has stopped: then the journal is to be closed first.
         asyncio.get_running_loop().add_signal_handler(number, transport.leave)
     try:
-        await wait(store.call("ping"), on=f"the journal of {shown(url)}", seconds=OPEN_SECONDS)
+        await wait(store.call("ping"), on=f"the journal of {masked(url)}", seconds=OPEN_SECONDS)
     except StoreError as error:
         raise InputError(str(error)) from error
     try:
@@ -121,15 +122,8 @@ async def _serve(
         host, port = door.getsockname()[:2]
         address = f"[{host}]:{port}" if ":" in host else f"{host}:{port}"
         key = "with an API key" if api_key else "without an API key"
-        print(f"store {shown(url)} at http://{address}, {key}; Ctrl-C ends it", flush=True)
+        print(f"store {masked(url)} at http://{address}, {key}; Ctrl-C ends it", flush=True)
         await uvicorn.Server(config).serve(sockets=[door])
     finally:
         await store.shutdown()
     print("store closed, its journal is flushed", flush=True)
-
-
-def shown(url: str) -> str:
-    """`url` without its password."""
-    scheme, mark, rest = url.partition("://")
-    who, at, where = rest.rpartition("@")
-    return f"{scheme}{mark}{who.partition(':')[0]}{at}{where}" if at else url

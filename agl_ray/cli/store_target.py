@@ -13,6 +13,7 @@ from contextlib import asynccontextmanager
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, NamedTuple
 
+from agl_ray.config.store_address import masked, store_url
 from agl_ray.types import InputError, StoreError
 
 if TYPE_CHECKING:
@@ -31,9 +32,7 @@ class Target(NamedTuple):
     @property
     def shown(self) -> str:
         """The URL without its password."""
-        from agl_ray.cli.store_serve import shown
-
-        return shown(self.url)
+        return masked(self.url)
 
     @property
     def file(self) -> Path | None:
@@ -86,7 +85,10 @@ def _url_and_section(run: str) -> tuple[str, dict[str, Any]]:
         section = json.loads((folder / CONFIG).read_text()).get("store") or {}
     except (OSError, ValueError, AttributeError) as error:
         raise InputError(f"run {folder}: its {CONFIG} cannot be read: {error}") from error
+    section["run_id"] = section.get("run_id") or folder.name
     url = section.get("url")
+    if url is not None:
+        url = store_url(url, folder)
     if url is None and not (folder / "store.db").is_file():
         raise InputError(f"run {folder}: there is no store.db in it; has it begun?")
     return url or f"{SQLITE}{folder / 'store.db'}", section

@@ -16,6 +16,7 @@ from agl_ray.config.explain import Sources, explain, unknown_key
 from agl_ray.config.models import RunConfig
 from agl_ray.config.paths import find, looked_in
 from agl_ray.config.schema import field_at
+from agl_ray.config.store_address import masked
 from agl_ray.config.yaml_source import read, scalar
 from agl_ray.types.errors import ConfigError, InputError
 
@@ -51,8 +52,12 @@ def validate(data: dict[str, Any], sources: Sources | None = None) -> RunConfig:
 
 
 def resolved_json(config: RunConfig) -> str:
-    """The whole configuration as JSON, defaults and nulls included; `load_config` reads it back to an equal one."""
-    return json.dumps(config.model_dump(mode="json"), indent=2) + "\n"
+    """The whole configuration as JSON, defaults and nulls included; `load_config` reads it back to an equal one. Only the password
+    of `store.url` is left out (`agl_ray.config.store_address`)."""
+    plain = config.model_dump(mode="json")
+    if config.store.url is not None:
+        plain["store"]["url"] = masked(config.store.url)
+    return json.dumps(plain, indent=2) + "\n"
 
 
 def _read_text(path: Path) -> tuple[str, str]:

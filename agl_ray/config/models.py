@@ -156,11 +156,42 @@ class WeightsConfig(Section):
     """Deadline of one weight update, from the order to the last engine's checksum."""
 
 
+class PoolConfig(Section):
+    """Connections to a database server. What is not given is taken from DB_POOL_SIZE, DB_MAX_OVERFLOW, DB_POOL_TIMEOUT,
+    DB_POOL_RECYCLE, DB_POOL_PRE_PING, else it is 5, 10, 30 s, 1800 s, true."""
+
+    size: Positive | None = None
+    """Connections kept open."""
+    max_overflow: NonNegative | None = None
+    """Further connections under load."""
+    timeout: PositiveFloat | None = None
+    """Seconds to wait for a connection."""
+    recycle: float | None = None
+    """Seconds after which a connection is replaced; -1 = never."""
+    pre_ping: bool | None = None
+    """Ask a connection whether it lives before using it."""
+
+
 class StoreConfig(Section):
     url: str | None = None
-    """Journal: None = `sqlite:///RUN_FOLDER/store.db`; `sqlite:///path` elsewhere; `memory://` keeps nothing (tests)."""
+    """Journal: `sqlite:///path`, `postgresql://user:password@host:port/database`, `mongodb://host:port/database`, or `memory://`, which
+    keeps nothing (tests). None: the environment's DATABASE_URL, else `sqlite:///RUN_FOLDER/store.db`. A password is not written to config.json."""
+    run_id: str | None = None
+    """Part of every key, so that runs share a database; None = the run folder's name."""
+    payload: str = "journal"
+    """Where span payloads go: `journal`, or a URI of pyarrow.fs (`file:///path`, `s3://bucket/path`, `gs://...`)."""
+    encryption: Literal["off", "aes-gcm", "fernet"] = "off"
+    """Of inputs, prompts, responses and resources at rest; keys: AGL_ENCRYPTION_KEYS, comma separated, newest first."""
+    pool: PoolConfig = PoolConfig()
+    mongodb_database: str | None = None
+    """Where a mongodb URL names no database; None = MONGODB_DATABASE, else agl_ray."""
     cache_mib: PositiveFloat = 256.0
     """Span payloads kept in memory; older ones are read back from the journal."""
+    memory_mib: PositiveFloat = 256.0
+    """Records (rollouts, attempts, resources) kept in memory; finished ones are read back from the journal."""
+    door: bool = False
+    """Open the store's HTTP doors (REST, OTLP, agent-lightning 1.0) beside the gateway, under /v1, /api and /proxy. Callers show AGL_STORE_API_KEY
+    where that is set; without it gateway.host must be an address of this machine alone."""
 
 
 class TrainConfig(Section):

@@ -14,6 +14,7 @@ import time
 from collections.abc import Callable, Iterable, Sequence
 from typing import Any, Self, TypeVar
 
+from agl_ray.config.store_address import masked
 from agl_ray.store.cache import PayloadCache
 from agl_ray.store.events import EventLog
 from agl_ray.store.journals.base import Journal, Live, Row, SpanRow
@@ -56,7 +57,7 @@ class CoreBase:
         cache_mib: float,
         span_seconds: float,
     ) -> None:
-        self.url = url
+        self.url = masked(url)  # for people: it is shown in errors and statistics
         self.loop = asyncio.get_running_loop()
         self.machine = Machine(lease_seconds=lease_seconds, max_bytes=int(memory_mib * 2**20))
         self._offset = (

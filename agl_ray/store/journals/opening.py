@@ -10,6 +10,7 @@ import importlib
 import os
 from typing import Any
 
+from agl_ray.config.store_address import masked
 from agl_ray.store.journals.base import Journal
 from agl_ray.store.journals.memory import MemoryJournal
 from agl_ray.store.journals.settings import KEYS_VARIABLE, JournalSettings
@@ -53,7 +54,7 @@ def _bare(url: str, settings: JournalSettings) -> Journal:
         return made
     raise ConfigError(
         "store.url: expected sqlite:///path, postgresql://user:password@host:port/database, mongodb://host:port or memory://, "
-        f"got {url!r}"
+        f"got {masked(url)!r}"
     )
 
 

@@ -49,9 +49,10 @@ class JournalSettings(Record, frozen=True):
     ) -> Self:
         """Settings as given; the pool and the Mongo database, where not given, from the environment.
 
-        pool: the given fields of `PoolSettings`. environ: None = the process's. ConfigError names the variable or field that
+        pool: the given fields of `PoolSettings` (None: not given). environ: None = the process's. ConfigError names the variable or field that
         cannot be read."""
         environ = os.environ if environ is None else environ
+        pool = {name: value for name, value in pool.items() if value is not None}
         found = {
             name: _read(variable, environ[variable], read)
             for name, (variable, read) in _POOL_VARIABLES.items()
