@@ -101,7 +101,10 @@ def _restarted() -> bool:
 
 def journal_settings(config: StoreConfig, run_id: str) -> JournalSettings:
     """How the journal of run `run_id` keeps its data; the pool's settings that are not given are taken from the environment."""
-    given = {"run_id": config.run_id or run_id, "mongodb_database": config.mongodb_database}
+    given: dict[str, Any] = {
+        "run_id": config.run_id or run_id,
+        "mongodb_database": config.mongodb_database,
+    }
     return JournalSettings.from_environment(
         pool=config.pool.model_dump(),
         payload=config.payload,
