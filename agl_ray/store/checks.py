@@ -55,6 +55,12 @@ def _writable(value: str) -> bool:
     return value.isascii() or clean_text(value) == value
 
 
+def check_sequence(number: int) -> None:
+    """InputError where `number` cannot be a span's place in its rollout."""
+    if not isinstance(number, int) or not 1 <= number < 2**62:
+        raise InputError(f"sequence_id: expected a number from 1 on, or None, got {number!r}")
+
+
 def check_json(field: str, value: Any) -> None:
     """InputError where `value` cannot be written as JSON."""
     if value is not msgspec.UNSET:

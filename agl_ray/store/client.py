@@ -197,8 +197,11 @@ class LightningStore(SpanCalls):
         """
         reason = EndReason(reason)
         given = (rollout_id, attempt_id, reason, reward, clean_text(error), expected_spans)
-        may_wait = STRAGGLER_SECONDS if expected_spans else 0.0
-        return await self._call("end_attempt", *given, blocking=may_wait)
+        # Where no span is missing the end travels with other commands; a wait for spans must not keep those waiting.
+        ended = await self._call("end_attempt", *given, False)
+        if ended is None:
+            ended = await self._call("end_attempt", *given, True, blocking=STRAGGLER_SECONDS)
+        return ended
 
     async def update_attempt(
         self,

@@ -1,7 +1,7 @@
-"""The LightningStore in one process: its commands and spans, over `agl_ray.store.base`.
+"""The LightningStore in one process: its commands, over `agl_ray.store.base`.
 
-What it is: the public coroutines here, in `agl_ray.store.reads` and `agl_ray.store.lists` are the wire interface; `LightningStore` documents them. Span
-payloads pass beside the machine as bytes and are never opened here.
+What it is: the public coroutines here, in `agl_ray.store.spans`, `agl_ray.store.lists` and `agl_ray.store.reads` are the wire interface;
+`LightningStore` documents them.
 Who calls it: `actors.store.Store` (over Ray), `agl_ray.store.client.LightningStore.local` (in-process). Test alone:
 tests/unit/test_store_core.py.
 """
@@ -13,18 +13,14 @@ from collections.abc import Sequence
 from typing import Any
 
 from agl_ray.store.base import rollouts
-from agl_ray.store.checks import check_text
-from agl_ray.store.journals.base import AttemptKey, BatchEntry, SpanRow
-from agl_ray.store.lists import Lists
-from agl_ray.store.payload import Payloads, join
+from agl_ray.store.journals.base import AttemptKey
 from agl_ray.store.residents import Key
+from agl_ray.store.spans import Spans
 from agl_ray.types import (
-    AglError,
     Attempt,
     AttemptedRollout,
     EndReason,
     EnqueueRolloutRequest,
-    InputError,
     NamedResources,
     ResourcesUpdate,
     Rollout,
@@ -35,11 +31,8 @@ from agl_ray.types import (
 
 READ_AHEAD = 64  # waiting rollouts that come back to memory together with the one that is taken
 
-SpanItem = tuple[str, str, str, int, bytes]
-"""(rollout_id, attempt_id, batch_id, number of spans, payload)"""
 
-
-class StoreCore(Lists):
+class StoreCore(Spans):
     """Make it with `await StoreCore.open(url, ...)`; end it with `await close()`."""
 
     # Commands.
@@ -128,9 +121,13 @@ class StoreCore(Lists):
         reward: float | None = None,
         error: str | None = None,
         expected_spans: int | None = None,
-    ) -> Attempt:
+        patient: bool = True,
+    ) -> Attempt | None:
+        """patient: wait for spans that are missing; where not, None says that there are such, and nothing was done."""
         self._check()
         if expected_spans and reason is EndReason.OK:
+            if not patient and await self._lacks((rollout_id, attempt_id), expected_spans):
+                return None
             num_spans = await self._spans_of((rollout_id, attempt_id), expected_spans)
             if num_spans < expected_spans:
                 reason = EndReason.LOST
@@ -139,6 +136,11 @@ class StoreCore(Lists):
                 )
         command = functools.partial(self.machine.end_attempt, reward=reward, error=error)
         return await self._do(command, rollout_id, attempt_id, reason, needs=rollouts([rollout_id]))
+
+    async def _lacks(self, key: AttemptKey, expected: int) -> bool:
+        async with self._present(rollouts([key[0]])):
+            attempt = self.machine.state.attempt(*key)
+            return not attempt.status.final and attempt.num_spans < expected
 
     async def _spans_of(self, key: AttemptKey, expected: int) -> int:
         """How many spans of the attempt are here, once there are `expected` or the time for stragglers is over; `expected`
@@ -183,87 +185,6 @@ class StoreCore(Lists):
 
     async def put_state(self, key: str, value: bytes) -> None:
         await self._do(self.machine.put_value, key, value)
-
-    # Spans.
-
-    async def add_spans(self, items: Sequence[SpanItem]) -> list[BatchEntry | AglError]:
-        """Number and journal many batches in one commit; per batch where it was put, or what was wrong with it."""
-        self._check()
-        async with self._present(rollouts({item[0] for item in items})):
-            results: list[BatchEntry | AglError] = []
-            rows: list[SpanRow] = []
-            late: list[int] = []
-            for place, item in enumerate(items):
-                key = item[:2]
-                try:
-                    closed = self.machine.state.attempt(*key).status.final
-                    known = self.machine.known_batch(key, item[2])
-                    if closed:
-                        late.append(place)
-                    results.append(
-                        BatchEntry(0, 0) if closed else known or self._number(item, rows)
-                    )
-                except AglError as error:
-                    results.append(error)
-            await self._committed(None, rows)
-            for place in late:
-                results[place] = await self._add_late(items[place])
-            return results
-
-    def _number(self, item: SpanItem, rows: list[SpanRow]) -> BatchEntry:
-        rollout_id, attempt_id, batch_id, count, payload = item
-        if count < 1:
-            raise InputError(f"add_spans: expected one span or more in the batch, got {count}")
-        check_text("batch_id", batch_id)
-        key = (rollout_id, attempt_id)
-        num_before = self.machine.state.attempt(*key).num_spans
-        entry = self._run(self.machine.add_spans, key, batch_id, count, len(payload))
-        row = SpanRow(batch_id, key, entry.first, count, payload)
-        rows.append(row)
-        self._cache.append(row, num_before)
-        self._ends.arrived(key, count)
-        return entry
-
-    async def _add_late(self, item: SpanItem) -> BatchEntry:
-        """Spans of an attempt that has ended (and is in memory): kept, and a repetition is looked up in the journal, one at
-        a time."""
-        async with self._late:
-            await self._committed(None)
-            found = await self._journal.find_batch(item[:2], item[2])
-            self._check()
-            if found is not None:
-                return found
-            rows: list[SpanRow] = []
-            entry = self._number(item, rows)
-            return await self._committed(entry, rows)
-
-    async def read_spans(self, keys: Sequence[AttemptKey]) -> Payloads:
-        """The payloads of these attempts, in the given order; from memory where they are all there."""
-        self._check()
-        async with self._present(rollouts({key[0] for key in keys})):
-            wanted = {key: self.machine.state.attempt(*key) for key in keys}
-        found = {key: self._cache.get(key) for key in wanted}
-        missing = {
-            key: one.num_spans
-            for key, one in wanted.items()
-            if found[key] is None and one.num_spans
-        }
-        await self._committed(None)
-        if missing:
-            found |= await self._read_back(missing)
-        return join([row for key in keys for row in found[key] or ()])
-
-    async def _read_back(self, expected: dict[AttemptKey, int]) -> dict[AttemptKey, list[SpanRow]]:
-        """From the journal into the cache. expected: how many spans each had when it was asked for."""
-        found: dict[AttemptKey, list[SpanRow]] = {key: [] for key in expected}
-        for row in await self._journal.payloads(list(expected)):
-            found[row.key].append(row)
-        for key, rows in found.items():
-            known = self.machine.state.attempts.get(key[0], {}).get(key[1])
-            number = expected[key] if known is None else known.num_spans
-            if sum(row.number for row in rows) == number:
-                self._cache.fill(key, rows)
-        return found
 
 
 def _named(request: EnqueueRolloutRequest) -> EnqueueRolloutRequest:

@@ -25,7 +25,8 @@ from agl_ray.store.checks import (
     check_worker,
     clean_text,
 )
-from agl_ray.store.journals.base import AttemptKey, BatchEntry, Live
+from agl_ray.store.journals.base import AttemptKey, Live
+from agl_ray.store.numbers import SpanNumbers
 from agl_ray.store.state import Group, State
 from agl_ray.types import (
     UNANSWERED_CALL,
@@ -46,7 +47,7 @@ from agl_ray.types import (
 )
 
 
-class Machine:
+class Machine(SpanNumbers):
     """lease_seconds: an attempt that shows no life for this long is `lost`.
     grace_seconds: how long past its own deadline an attempt may be before the store ends it `timeout`.
     max_bytes: how much of what is final or waits may stay in memory; None = all."""
@@ -73,6 +74,8 @@ class Machine:
         """Take over a journal; `groups`: the rollouts with open attempts. Those get a fresh lease, so that living runners
         go on."""
         self.state.restore(live, groups, workers, latest_resources)
+        for batch_id, key, entry in live.open_batches:
+            self.name_spans(key, batch_id, entry)
         self.renew_all(now)
 
     def renew_all(self, now: float) -> None:
@@ -302,22 +305,6 @@ class Machine:
             self.state, rollout_id, attempt_id, fields, self.lease_seconds, now
         )
 
-    def known_batch(self, key: AttemptKey, batch_id: str) -> BatchEntry | None:
-        """Where a batch of an open attempt was put before, if it was."""
-        return self.state.batches.get(key, {}).get(batch_id)
-
-    def add_spans(
-        self, key: AttemptKey, batch_id: str, count: int, size: int, now: float
-    ) -> BatchEntry:
-        """Number `count` new spans of an attempt (its rollout's sequence goes on) and renew its lease.
-
-        `size` is the payload's bytes. The caller has asked `known_batch` (for a final attempt: the journal) first.
-        """
-        attempt = self.state.attempt(*key)
-        entry = self.state.put_batch(key, batch_id, count, size)
-        lifecycle.show_life(self.state, attempt, self.lease_seconds, now, spans=count)
-        return entry
-
     # Workers.
 
     def update_worker(
@@ -330,7 +317,7 @@ class Machine:
     ) -> Worker:
         """A heartbeat: it renews the leases of `attempts` (those that are open; others are left as they ended)."""
         check_id("worker_id", worker_id)
-        if heartbeat_stats is not None and not isinstance(heartbeat_stats, UnsetType):
+        if not isinstance(heartbeat_stats, UnsetType):
             check_dictionary("heartbeat_stats", heartbeat_stats)
         for rollout_id, attempt_id in attempts:
             if (rollout_id, attempt_id) in self.state.open:
@@ -347,9 +334,10 @@ class Machine:
     def worker_lost(self, worker_id: str, why: str, now: float) -> list[Attempt]:
         """The worker's process is dead: its open attempts end `lost`, and go back to the queue where the rule allows."""
         keys = list(self.state.open_of_worker.get(worker_id, {}))
+        ended = [self._end_over_head(key, EndReason.LOST, why, now) for key in keys]
         if worker_id in self.state.workers:
             self.state.put_worker(replace(self.state.workers[worker_id], status="lost"))
-        return [self._end_over_head(key, EndReason.LOST, why, now) for key in keys]
+        return ended
 
     def tick(self, now: float) -> list[Attempt]:
         """End what is past its deadline (`timeout`) or past its lease (`lost`)."""

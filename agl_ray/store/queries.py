@@ -7,12 +7,12 @@ Who calls it: `agl_ray.store.client.LightningStore` inherits it. Test alone: tes
 
 from __future__ import annotations
 
-import operator
 from collections.abc import Sequence
 from typing import Any
 
 from agl_ray.store import contract
 from agl_ray.store.caller import StoreCaller
+from agl_ray.store.journals.base import Condition, Query
 from agl_ray.types import (
     Attempt,
     AttemptedRollout,
@@ -23,6 +23,8 @@ from agl_ray.types import (
     Worker,
 )
 
+IDS_AT_ONCE = 500  # rollouts whose attempts are asked for in one question
+
 
 class StoreQueries(StoreCaller):
     """Reads of records. In every list: `limit` -1 = all, 0 = none; `sort_order` asc or desc, what is empty comes first."""
@@ -32,6 +34,28 @@ class StoreQueries(StoreCaller):
 
     async def get_resources_by_id(self, resources_id: str) -> ResourcesUpdate | None:
         return await self._call("get_resources", resources_id)
+
+    async def query_resources(
+        self,
+        *,
+        resources_id: str | None = None,
+        resources_id_contains: str | None = None,
+        sort_by: str | None = None,
+        sort_order: str = "asc",
+        limit: int = -1,
+        offset: int = 0,
+    ) -> PaginatedResult[ResourcesUpdate]:
+        """Snapshots, in order of creation unless `sort_by` says otherwise; both filters must hold."""
+        query = contract.resources_query(
+            resources_id=resources_id,
+            resources_id_contains=resources_id_contains,
+            sort_by=sort_by,
+            sort_order=sort_order,
+            limit=limit,
+            offset=offset,
+        )
+        found, total = await self._find("find_resources", query)
+        return PaginatedResult(found, limit, offset, total)
 
     async def get_rollout_by_id(self, rollout_id: str) -> Rollout | None:
         return await self._call("get_rollout", rollout_id)
@@ -73,17 +97,31 @@ class StoreQueries(StoreCaller):
             limit=limit,
             offset=offset,
         )
-        rows = await self._call("query_rollouts", None, None, None, -1, 0)
-        found, total = contract.select(query, rows, _rollout_field)
-        latest = await self.get_attempts([one.rollout_id for one in found if one.num_attempts])
-        of_rollout = {one.rollout_id: one for one in latest}
+        found, total = await self._find("find_rollouts", query)
+        latest = await self._latest_of([one.rollout_id for one in found if one.num_attempts])
         items: list[Rollout | AttemptedRollout] = [
-            AttemptedRollout(rollout=one, attempt=of_rollout[one.rollout_id])
-            if one.rollout_id in of_rollout
+            AttemptedRollout(rollout=one, attempt=latest[one.rollout_id])
+            if one.rollout_id in latest
             else one
             for one in found
         ]
         return PaginatedResult(items, limit, offset, total)
+
+    async def _find(self, command: str, query: Query | None) -> tuple[list[Any], int]:
+        """The page and how many match; None can match nothing. A page without rows (`limit` 0) is asked for its total."""
+        if query is None:
+            return [], 0
+        found, total = await self._call(command, query)
+        return found, total or 0
+
+    async def _latest_of(self, rollout_ids: Sequence[str]) -> dict[str, Attempt]:
+        """By rollout its latest attempt."""
+        latest: dict[str, Attempt] = {}
+        for start in range(0, len(rollout_ids), IDS_AT_ONCE):
+            some = tuple(rollout_ids[start : start + IDS_AT_ONCE])
+            query = Query("attempt", must=(Condition("rollout_id", some),), order_by="position")
+            latest |= {one.rollout_id: one for one in (await self._call("find_attempts", query))[0]}
+        return latest
 
     async def get_attempt(self, rollout_id: str, attempt_id: str) -> Attempt:
         """NotFound where it is unknown; `attempt_id` may be `latest`."""
@@ -149,9 +187,3 @@ class StoreQueries(StoreCaller):
         agent-lightning's names: name, total_rollouts, total_attempts, total_spans, total_resources, total_workers,
         total_span_bytes, uptime."""
         return contract.statistics_of(await self._call("statistics"), type(self).__name__)
-
-
-def _rollout_field(rollout: Rollout, field: str) -> Any:
-    return operator.attrgetter({"key": "rollout_id", "created": "start_time"}.get(field, field))(
-        rollout
-    )

@@ -219,11 +219,13 @@ class State:
         self.values[key] = value
         self._note("state", key, Change(0, value))
 
-    def put_batch(self, key: AttemptKey, batch_id: str, count: int, size: int) -> BatchEntry:
-        """Give `count` spans the next sequence ids of their rollout."""
+    def put_batch(
+        self, key: AttemptKey, batch_id: str, count: int, size: int, first: int | None = None
+    ) -> BatchEntry:
+        """Give `count` spans the next sequence ids of their rollout, or those from `first` on."""
         tally = self.tallies[key[0]]
-        entry = BatchEntry(tally.last_sequence + 1, count)
-        tally.last_sequence += count
+        entry = BatchEntry(tally.last_sequence + 1 if first is None else first, count)
+        tally.last_sequence = max(tally.last_sequence, entry.first + count - 1)
         tally.span_bytes += size
         if key in self.open:
             self.batches.setdefault(key, {})[batch_id] = entry
@@ -311,7 +313,9 @@ class State:
         totals = {row.key[1]: row for row in group.spans}
         tally = self.tallies[rollout_id] = Tally(group.created)
         tally.rollout_body, tally.attempt_body = group.body_bytes
-        tally.last_sequence = max((row.last for row in group.spans), default=0)
+        tally.last_sequence = max(
+            group.rollout.reserved_spans, *(row.last for row in group.spans), 0
+        )
         tally.span_bytes = sum(row.size for row in group.spans)
         self.rollouts[rollout_id] = group.rollout
         for attempt in group.attempts:

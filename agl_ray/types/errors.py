@@ -55,6 +55,17 @@ class Conflict(AglError):
     """An operation that contradicts the state of a record, such as ending an attempt that ended differently."""
 
 
+class KnownSpans(Conflict):
+    """Spans that the store has already. `ids`: theirs, joined by commas."""
+
+    def __init__(self, ids: str) -> None:
+        super().__init__(f"spans {ids} are in the store already")
+        self.ids = ids
+
+    def __reduce__(self) -> tuple[type, tuple[str]]:
+        return (KnownSpans, (self.ids,))
+
+
 class EngineError(AglError):
     """The inference engine failed or vanished while answering; the attempt ends `engine_error`, never with a reward."""
 

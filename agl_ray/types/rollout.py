@@ -117,7 +117,10 @@ class RolloutConfig(Record, frozen=True):
 
 
 class Rollout(Record, frozen=True):
-    """One task given to the agent. `input` and `metadata` are JSON values; `mode` is train, val, test or None."""
+    """One task given to the agent. `input` and `metadata` are JSON values; `mode` is train, val, test or None.
+
+    reserved_spans: the highest span number that was handed out ahead of its span.
+    """
 
     rollout_id: str
     input: Any
@@ -129,6 +132,7 @@ class Rollout(Record, frozen=True):
     config: RolloutConfig = RolloutConfig()
     metadata: dict[str, Any] = {}
     num_attempts: int = 0
+    reserved_spans: int = 0
 
 
 class Attempt(Record, frozen=True):

@@ -25,7 +25,7 @@ TABLES = [
     "PRIMARY KEY (rollout_id, attempt_id, batch_id))",
     "CREATE TABLE IF NOT EXISTS events (number INTEGER PRIMARY KEY, body BLOB NOT NULL)",
     # Sums over spans read this index alone, not the payloads.
-    "CREATE UNIQUE INDEX IF NOT EXISTS span_order ON spans (rollout_id, first, attempt_id, count, size)",
+    "CREATE INDEX IF NOT EXISTS span_order ON spans (rollout_id, first, attempt_id, count, size)",
     "CREATE INDEX IF NOT EXISTS rollout_waiting ON rollout (position, key) WHERE position > 0",
     "CREATE INDEX IF NOT EXISTS rollout_created ON rollout (created, key)",
     "CREATE INDEX IF NOT EXISTS rollout_status ON rollout (status, created, key)",
