@@ -102,6 +102,48 @@ def test_a_whole_flow(server: Served) -> None:
     run(server, flow)
 
 
+def test_spans(server: Served) -> None:
+    async def flow(rest: Rest) -> None:
+        one = await rest.ok("POST", "rollouts", {"input": 1}, 201)
+        key = {"rollout_id": one["rollout_id"], "attempt_id": one["attempt"]["attempt_id"]}
+        span = {**key, "name": "step", "span_id": "s1", "attributes": {"a": [1]}, "start_time": 5.5}
+        stored = await rest.ok("POST", "spans", span, 201)
+        assert (stored["sequence_id"], stored["attributes"], stored["start_time"]) == (
+            1,
+            {"a": [1]},
+            5.5,
+        )
+        assert await rest.ok("POST", "spans", span, 201) is None
+        many = [{**key, "name": f"n{number}", "span_id": f"m{number}"} for number in range(5)]
+        assert len(await rest.ok("POST", "spans", [span, *many], 201)) == 5
+        assert await rest.ok("POST", "spans/next", key) == 7
+        page = await rest.ok("GET", f"spans?rollout_id={key['rollout_id']}&limit=2")
+        assert ([row["name"] for row in page["items"]], page["total"]) == (["step", "n0"], 6)
+        search = {"rollout_id": key["rollout_id"], "name_contains": "n", "attempt_id": "latest"}
+        assert (await rest.ok("POST", "spans/search", search))["total"] == 5
+        unknown = {**span, "rollout_id": "ro-none"}
+        assert await rest.error("POST", "spans", unknown) == (404, "NotFound")
+        for odd in (
+            {"start_time": 1e300},
+            {"sequence_id": 0},
+            {"status": "GOOD"},
+            {"name": None},
+            {"other": 1},
+            {"attributes": []},
+        ):
+            assert await rest.error("POST", "spans", {**span, **odd}) == (422, "InputError")
+        for extra in (
+            {"prompt_ids": ["x"]},
+            {"none": 1},
+            {"reward": "x"},
+            {"prompt_tokens": 2**40},
+        ):
+            odd = {**key, "name": "odd", "extra": extra}
+            assert await rest.error("POST", "spans", odd) == (400, "InputError")
+
+    run(server, flow)
+
+
 def test_pages(server: Served) -> None:
     async def flow(rest: Rest) -> None:
         rollouts = [{"input": number, "rollout_id": f"ro-page-{number:02}"} for number in range(7)]
@@ -258,8 +300,8 @@ def test_the_document_names_every_route(server: Served) -> None:
             |POST rollouts/search|GET rollouts/{rollout_id}|POST rollouts/{rollout_id}|POST rollouts/{rollout_id}/attempts
             |GET rollouts/{rollout_id}/attempts|POST rollouts/{rollout_id}/attempts/search|GET rollouts/{rollout_id}/attempts/latest
             |GET rollouts/{rollout_id}/attempts/{attempt_id}|POST rollouts/{rollout_id}/attempts/{attempt_id}|GET workers
-            |POST workers/search|GET workers/{worker_id}|POST workers/{worker_id}|POST resources|GET resources/latest
-            |GET resources/{resources_id}|POST resources/{resources_id}|GET spans|POST spans/search
+            |POST workers/search|GET workers/{worker_id}|POST workers/{worker_id}|GET resources|POST resources|GET resources/latest
+            |GET resources/{resources_id}|POST resources/{resources_id}|POST spans|GET spans|POST spans/search|POST spans/next
             |POST waits/rollouts"""
         assert {one.strip() for one in upstream.split("|")} <= routes
         assert "securitySchemes" not in document["components"]

@@ -25,6 +25,7 @@ from agl_ray.types import (
     PaginatedResult,
     ResourcesUpdate,
     Rollout,
+    Span,
     Worker,
 )
 
@@ -230,7 +231,10 @@ class Others:
             takes=records.UpdateWorker,
             gives=Worker,
         )
-        given, update = records.Resources, ResourcesUpdate
+        search, page, update = records.SearchResources, records.ResourcesPage, ResourcesUpdate
+        given = records.Resources
+        add("GET", "resources", self.list_resources, query=search, gives=page)
+        add("POST", "resources/search", self.search_resources, takes=search, gives=page)
         add("POST", "resources", self.add_resources, takes=given, gives=update, status=201)
         add("GET", "resources/latest", self.get_latest_resources, gives=update)
         add("GET", "resources/{resources_id}", self.get_resources, gives=update)
@@ -260,6 +264,14 @@ class Others:
         """A heartbeat; makes the worker known, renews the leases of `attempts`."""
         return await self._store.update_worker(worker_id, **_fields(body))
 
+    async def list_resources(self, query: records.SearchResources) -> Any:
+        """Snapshots of resources, in order of creation unless `sort_by` says otherwise."""
+        return await self.search_resources(query)
+
+    async def search_resources(self, body: records.SearchResources) -> Any:
+        """As the list."""
+        return await paged(body, self._store.query_resources)
+
     async def add_resources(self, body: records.Resources) -> Any:
         """Publish a new snapshot; it is the latest from now on."""
         return await self._store.add_resources(body.resources)
@@ -283,9 +295,25 @@ class Spans:
         self._store = store
 
     def add_to(self, routes: Routes) -> None:
+        new: Any = records.NewSpan | list[records.NewSpan]
+        given: Any = Span | list[Span] | None
         search, page = records.SearchSpans, records.SpanPage
+        routes.add("POST", "spans", self.add_spans, takes=new, gives=given, status=201)
         routes.add("GET", "spans", self.list_spans, query=search, gives=page)
         routes.add("POST", "spans/search", self.search_spans, takes=search, gives=page)
+        routes.add(
+            "POST",
+            "spans/next",
+            self.next_span_sequence_id,
+            takes=records.NextSequenceId,
+            gives=int,
+        )
+
+    async def add_spans(self, body: records.NewSpan | list[records.NewSpan]) -> Any:
+        """Store one span or many; the answer is what was stored: a known span (null, left out) is not stored twice."""
+        if isinstance(body, list):
+            return await self._store.add_many_spans(body)
+        return await self._store.add_span(body)
 
     async def list_spans(self, query: records.SearchSpans) -> Any:
         """Spans of a rollout; none where it is unknown. `filter_logic` joins the filters, rollout and attempt always bind."""
@@ -294,6 +322,10 @@ class Spans:
     async def search_spans(self, body: records.SearchSpans) -> Any:
         """As the list."""
         return await paged(body, self._store.query_spans)
+
+    async def next_span_sequence_id(self, body: records.NextSequenceId) -> Any:
+        """Reserve the rollout's next sequence id."""
+        return await self._store.get_next_span_sequence_id(body.rollout_id, body.attempt_id)
 
 
 def _fields(body: msgspec.Struct) -> dict[str, Any]:
