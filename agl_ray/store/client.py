@@ -139,6 +139,11 @@ class LightningStore(SpanCalls):
         """Cancel; open attempts end `cancelled`, final rollouts stay as they are."""
         return await self._call("cancel_rollouts", list(rollout_ids))
 
+    async def forget_rollouts(self, rollout_ids: Sequence[str]) -> None:
+        """Remove rollouts with their attempts and spans, for good. Unknown ones are left out; Conflict (and nothing removed)
+        where one is not final: cancel it first."""
+        await self._call("forget", list(rollout_ids))
+
     async def wait_for_rollouts(
         self,
         *,

@@ -443,6 +443,22 @@ def test_the_terminal_cursor_sees_every_completion_once(tmp_path: Path) -> None:
     run(tmp_path, scenario)
 
 
+def test_a_deleted_rollout_is_gone_with_its_events_and_deleting_again_is_no_error(
+    tmp_path: Path,
+) -> None:
+    async def scenario(world: World) -> None:
+        kept, gone = await world.create(), await world.create()
+        await world.patch(gone["rollout_id"], state="running")
+        await world.event(gone["rollout_id"], "reward", {"value": 1.0})
+        for _ in range(2):
+            await world.call("DELETE", f"/api/rollouts/{gone['rollout_id']}", 204)
+        await world.call("GET", f"/api/rollouts/{gone['rollout_id']}", 404)
+        assert await world.store.query_spans(kept["rollout_id"]) is not None
+        assert (await world.store.statistics())["rollouts"] == 1
+
+    run(tmp_path, scenario)
+
+
 def test_models_are_a_resource(tmp_path: Path) -> None:
     async def scenario(world: World) -> None:
         one = {"model": "m", "endpoint": "http://a/v1", "version": 3}

@@ -238,11 +238,12 @@ class Facade:
             await self._store.end_attempt(*key, reason, reward=reward, error=text)
 
     async def _delete(self, request: Request) -> Response:
-        """An unknown id is no error. What is known stays, for the store keeps what it acknowledged: 501."""
+        """An unknown id is no error; what still runs is cancelled first. Its events go with it."""
         rollout_id = request.path_params["rollout_id"]
-        if not is_id(rollout_id) or await self._store.get_rollout_by_id(rollout_id) is None:
-            return Response(status_code=204)
-        return answer({"detail": f"{rollout_id}: this store cannot forget a rollout"}, 501)
+        if is_id(rollout_id) and await self._store.get_rollout_by_id(rollout_id) is not None:
+            await self._store.cancel_rollouts([rollout_id])
+            await self._store.forget_rollouts([rollout_id])
+        return Response(status_code=204)
 
     # Events.
 
