@@ -28,7 +28,7 @@ from agl_ray.ops.display import Display, make_display
 from agl_ray.ops.events import Notice, Phase
 from agl_ray.ops.log import setup_logging
 from agl_ray.ops.run_folder import make_run_folder
-from agl_ray.types import InputError, RunError
+from agl_ray.types import InputError, RunError, WaitTimeout
 from agl_ray.waits import get
 
 if TYPE_CHECKING:
@@ -39,6 +39,7 @@ if TYPE_CHECKING:
 
 EVENT_POLL = 1.0  # seconds of one long poll for the controller's events
 CONTROLLER_RESTARTS = 3
+RESTART_SECONDS = 120.0
 
 
 class Trainer:
@@ -155,7 +156,7 @@ class Trainer:
                 self.display.show(
                     Notice(text="the controller died; it restarts from the position in the store")
                 )
-                get(controller.ping.remote(), on="the controller to restart", seconds=120)
+                _await_restart(controller)
                 get(
                     session.boot(controller),
                     on="the restarted controller to boot",
@@ -188,6 +189,22 @@ class Trainer:
         seconds = time.monotonic() - started
         self._seconds[name] = self._seconds.get(name, 0.0) + seconds
         self.display.show(Phase(name=shown or name, state="end", seconds=seconds))
+
+
+def _await_restart(controller: ActorHandle) -> None:
+    """Until Ray has started the controller again; while it does, calls to it fail at once. WaitTimeout after RESTART_SECONDS."""
+    import ray
+
+    deadline = time.monotonic() + RESTART_SECONDS
+    while True:
+        left = max(0.0, deadline - time.monotonic())
+        try:
+            get(controller.ping.remote(), on="the controller to restart", seconds=left)
+            return
+        except ray.exceptions.ActorUnavailableError as error:
+            if left == 0.0:
+                raise WaitTimeout("the controller to restart", RESTART_SECONDS) from error
+            time.sleep(0.2)
 
 
 def _located(config: RunConfig) -> RunConfig:
