@@ -10,12 +10,15 @@ from __future__ import annotations
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from typing import Any, TypeVar
 
-from agl_ray.store.journals.base import Condition, Query
+from agl_ray.store.journals.base import COLUMNS, Condition, Query
 from agl_ray.types import InputError, RolloutStatus
 
 T = TypeVar("T")
 Filters = Sequence[tuple[str, Iterable[Any] | None, str | None]]
 """(field, any of these values, a part of the text); a filter whose two values are None is not there."""
+
+After = tuple[Any, str]
+"""(its value of `sort_by`, its id) of the last record of the page before. In order of creation the value is None: the store knows."""
 
 ROLLOUT_SORTS = {
     "rollout_id": "key",
@@ -53,6 +56,7 @@ def rollouts_query(
     sort_order: str = "asc",
     limit: int = -1,
     offset: int = 0,
+    after: After | None = None,
 ) -> Query | None:
     """Rollouts; without `sort_by` in order of creation. `mode` always binds, `filter_logic` joins the others."""
     filters: Filters = [
@@ -62,7 +66,8 @@ def rollouts_query(
     ]
     order = _sort(sort_by, ROLLOUT_SORTS, "created")
     must = () if mode is None else (Condition("mode", (mode,)),)
-    return _query("rollout", filters, filter_logic, order, sort_order, limit, offset, must)
+    query = _query("rollout", filters, filter_logic, order, sort_order, limit, offset, must)
+    return _behind(query, after)
 
 
 def resources_query(
@@ -73,12 +78,14 @@ def resources_query(
     sort_order: str = "asc",
     limit: int = -1,
     offset: int = 0,
+    after: After | None = None,
 ) -> Query | None:
     """Snapshots; without `sort_by` in order of creation."""
     exact = None if resources_id is None else [resources_id]
     filters: Filters = [("key", exact, None), ("key", None, resources_id_contains)]
     order = _sort(sort_by, RESOURCES_SORTS, "create_time")
-    return _query("resources", filters, "and", order, sort_order, limit, offset)
+    query = _query("resources", filters, "and", order, sort_order, limit, offset)
+    return _behind(query, after)
 
 
 def attempts_query(
@@ -142,6 +149,23 @@ def _query(
         offset=offset,
         count=True,
     )
+
+
+def _behind(query: Query | None, after: After | None) -> Query | None:
+    """Only what is behind `after`, in the order of the query."""
+    if query is None or after is None:
+        return query
+    value, key = after
+    value = str(value) if isinstance(value, str) else value  # a status is plain text from here on
+    columns = {**COLUMNS[query.kind], "key": str, "created": type(None)}
+    kind = columns[query.order_by]
+    fits = value is None or type(value) is kind or (kind is float and type(value) is int)
+    if not fits or not isinstance(key, str):
+        raise InputError(
+            "after: expected the last record of the page before, as (its value of `sort_by`, its id) or, in order of creation, "
+            f"(None, its id), got {after!r}"
+        )
+    return query._replace(after=(value, key))
 
 
 def select(

@@ -11,18 +11,21 @@ from collections.abc import Sequence
 from typing import Any
 
 from agl_ray.store.journals.answers import answer
-from agl_ray.store.journals.base import Condition, Page, Query
+from agl_ray.store.journals.base import COLUMNS, Condition, Page, Query
 from agl_ray.store.reads import Reads
 from agl_ray.store.rows import record_of, row_of
 from agl_ray.types import (
     Attempt,
     InputError,
+    NotFound,
     ResourcesUpdate,
     Rollout,
     RolloutStatus,
     Worker,
     replace,
 )
+
+CREATED = [*COLUMNS["rollout"]].index("created")  # its place among the columns
 
 
 class Lists(Reads):
@@ -100,12 +103,22 @@ class Lists(Reads):
     async def _page(self, query: Query) -> Page:
         self._check()
         await self._committed(None)
+        query = await self._placed(query)
         status = _status_alone(query)
         if not query.count or status is None:
             return await self._journal.query(query)
         page = await self._journal.query(query._replace(count=False))
         counts = self.machine.state.rollouts_by_status
         return Page(page.rows, sum(counts[one] for one in status))
+
+    async def _placed(self, query: Query) -> Query:
+        """With the ordinal of the rollout that a page in order of creation is to go on behind: callers know its id only."""
+        if query.order_by != "created" or query.after is None or query.after[0] is not None:
+            return query
+        rows = await self._journal.rows("rollout", [query.after[1]])
+        if not rows:
+            raise NotFound(f"rollout {query.after[1]!r}: not in the store, so nothing is behind it")
+        return query._replace(after=(rows[0].columns[CREATED], query.after[1]))
 
 
 def _status_alone(query: Query) -> tuple[str, ...] | None:

@@ -44,8 +44,10 @@ class StoreQueries(StoreCaller):
         sort_order: str = "asc",
         limit: int = -1,
         offset: int = 0,
+        after: contract.After | None = None,
     ) -> PaginatedResult[ResourcesUpdate]:
-        """Snapshots, in order of creation unless `sort_by` says otherwise; both filters must hold."""
+        """Snapshots, in order of creation unless `sort_by` says otherwise; both filters must hold. `after`: as in `query_rollouts`, by
+        `create_time` without `sort_by`."""
         query = contract.resources_query(
             resources_id=resources_id,
             resources_id_contains=resources_id_contains,
@@ -53,6 +55,7 @@ class StoreQueries(StoreCaller):
             sort_order=sort_order,
             limit=limit,
             offset=offset,
+            after=after,
         )
         found, total = await self._find("find_resources", query)
         return PaginatedResult(found, limit, offset, total)
@@ -80,11 +83,14 @@ class StoreQueries(StoreCaller):
         offset: int = 0,
         status: Sequence[str] | None = None,
         rollout_ids: Sequence[str] | None = None,
+        after: contract.After | None = None,
     ) -> PaginatedResult[Rollout | AttemptedRollout]:
         """Rollouts with their latest attempt (plain where there is none), in order of creation unless `sort_by` says otherwise.
 
         filter_logic: whether all of the filters must hold (`and`) or one (`or`); `mode` always binds. `status`, `rollout_ids`: older
-        names of `status_in`, `rollout_id_in`, which win.
+        names of `status_in`, `rollout_id_in`, which win. after: only what is behind the last rollout of the page before, given as (its
+        value of `sort_by`, its id), or (None, its id) in order of creation: no page costs more than the first, and none is skipped when
+        earlier ones change; NotFound where that rollout is gone.
         """
         query = contract.rollouts_query(
             status_in=status if status_in is None else status_in,
@@ -96,6 +102,7 @@ class StoreQueries(StoreCaller):
             sort_order=sort_order,
             limit=limit,
             offset=offset,
+            after=after,
         )
         found, total = await self._find("find_rollouts", query)
         latest = await self._latest_of([one.rollout_id for one in found if one.num_attempts])

@@ -3,7 +3,10 @@
 from __future__ import annotations
 
 import asyncio
+import base64
+import itertools
 import json
+import tempfile
 import time
 from collections.abc import AsyncIterator, Awaitable, Callable, Iterator
 from typing import Any
@@ -175,6 +178,62 @@ def test_pages(server: Served) -> None:
         assert (await rest.error("GET", other))[0] in (400, 422)
 
     run(server, flow)
+
+
+def test_pages_skip_nothing_when_earlier_ones_change() -> None:
+    """Rollouts leave the filter while the pages are read; all orders; the total counts what matches now."""
+
+    async def flow(rest: Rest) -> None:
+        rollouts = [{"input": one, "rollout_id": f"ro-{one}", "mode": "val"} for one in range(9)]
+        await rest.ok("POST", "queues/rollouts/enqueue", {"rollouts": rollouts}, 201)
+        path = "rollouts?status_in=queuing&limit=3"
+        page = await rest.ok("GET", path)
+        await rest.ok("POST", "queues/rollouts/dequeue", {"limit": 4})
+        seen = [one["input"] for one in page["items"]]
+        while page["next_cursor"] is not None:
+            page = await rest.ok("GET", f"{path}&cursor={page['next_cursor']}")
+            seen += [one["input"] for one in page["items"]]
+        assert (seen, page["total"]) == ([0, 1, 2, 4, 5, 6, 7, 8], 5)
+        sorts = ("start_time", "end_time", "status", "mode", "resources_id", "rollout_id")
+        for sort, order in itertools.product(sorts, ("asc", "desc")):
+            path = f"rollouts?limit=4&sort_by={sort}&sort_order={order}"
+            whole = (await rest.ok("GET", path.replace("limit=4", "limit=-1")))["items"]
+            page = await rest.ok("GET", path)
+            items = page["items"]
+            while page["next_cursor"] is not None:
+                page = await rest.ok("GET", f"{path}&cursor={page['next_cursor']}")
+                items += page["items"]
+            assert [one["input"] for one in items] == [one["input"] for one in whole]
+            assert len(items) == 9
+        first = await rest.ok("GET", "rollouts?limit=2&offset=3")
+        path = f"rollouts?limit=2&offset=3&cursor={first['next_cursor']}"
+        second = await rest.ok("GET", path)
+        assert [one["input"] for one in (*first["items"], *second["items"])] == [3, 4, 5, 6]
+        for number in range(5):
+            await rest.ok("POST", f"resources/rs-{number}", {"resources": {}})
+        page = await rest.ok("GET", "resources?limit=2&sort_order=desc")
+        names = [one["resources_id"] for one in page["items"]]
+        while page["next_cursor"] is not None:
+            path = f"resources?limit=2&sort_order=desc&cursor={page['next_cursor']}"
+            page = await rest.ok("GET", path)
+            names += [one["resources_id"] for one in page["items"]]
+        assert names == ["rs-4", "rs-3", "rs-2", "rs-1", "rs-0"]
+        kinds = base64.urlsafe_b64decode((await rest.ok("GET", "rollouts?limit=1"))["next_cursor"])
+        mark = json.loads(kinds)[2]
+        for value in (
+            ["x", "ro-1", mark],
+            [None, "ro-none", mark],
+            [True, "ro-1", mark],
+            [1, 2, mark],
+        ):
+            odd = base64.urlsafe_b64encode(json.dumps(value).encode()).decode()
+            assert (await rest.error("GET", f"rollouts?limit=1&cursor={odd}"))[0] in (400, 404, 422)
+
+    for journal in ("memory://", "sqlite"):
+        with tempfile.TemporaryDirectory() as folder:
+            url = journal if journal == "memory://" else f"sqlite:///{folder}/store.db"
+            with served(url) as fresh:
+                run(fresh, flow)
 
 
 def test_long_polls_return_early(server: Served) -> None:

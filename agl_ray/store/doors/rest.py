@@ -7,10 +7,6 @@ Who calls it: `agl_ray.store.doors.app`. Test alone: tests/integration/test_stor
 
 from __future__ import annotations
 
-import base64
-import binascii
-import hashlib
-from collections.abc import Callable
 from typing import Any
 
 import msgspec
@@ -18,11 +14,11 @@ import msgspec
 from agl_ray.store.client import LightningStore
 from agl_ray.store.doors import rest_records as records
 from agl_ray.store.doors.asgi import MAX_BODY, App
-from agl_ray.store.doors.rest_routes import Malformed, Routes
+from agl_ray.store.doors.rest_pages import fields_of, keyed, paged
+from agl_ray.store.doors.rest_routes import Routes
 from agl_ray.types import (
     Attempt,
     NotFound,
-    PaginatedResult,
     ResourcesUpdate,
     Rollout,
     Span,
@@ -118,7 +114,7 @@ class Rollouts:
 
     async def search_rollouts(self, body: records.SearchRollouts) -> Any:
         """As the list, for filters that are too long for a URL."""
-        return await paged(body, self._store.query_rollouts, records.with_attempt)
+        return await keyed(body, self._store.query_rollouts, "rollout_id", records.with_attempt)
 
     async def cancel_rollouts(self, body: records.CancelRollouts) -> Any:
         """Cancel; open attempts end `cancelled`, final rollouts stay as they are."""
@@ -126,7 +122,7 @@ class Rollouts:
 
     async def start_rollout(self, body: records.StartRollout) -> Any:
         """Make a rollout and its first attempt at once, past the queue."""
-        return records.with_attempt(await self._store.start_rollout(**_fields(body)))
+        return records.with_attempt(await self._store.start_rollout(**fields_of(body)))
 
     async def get_rollout(self, rollout_id: str) -> Any:
         """The rollout with its latest attempt."""
@@ -138,11 +134,11 @@ class Rollouts:
 
     async def update_rollout(self, rollout_id: str, body: records.UpdateRollout) -> Any:
         """Change the given fields. `queuing` or `requeuing` revives a final rollout; other states are final."""
-        return await self._store.update_rollout(rollout_id, **_fields(body))
+        return await self._store.update_rollout(rollout_id, **fields_of(body))
 
     async def wait_for_rollouts(self, body: records.WaitForRollouts) -> Any:
         """Those that are final, as soon as all (or `min_count`) are, or at the timeout. Unknown ids are left out."""
-        return await self._store.wait_for_rollouts(**_fields(body))
+        return await self._store.wait_for_rollouts(**fields_of(body))
 
 
 class Attempts:
@@ -203,11 +199,11 @@ class Attempts:
         self, rollout_id: str, attempt_id: str, body: records.UpdateAttempt
     ) -> Any:
         """Change the given fields (`latest` is a name, too); a final status ends the attempt."""
-        return await self._store.update_attempt(rollout_id, attempt_id, **_fields(body))
+        return await self._store.update_attempt(rollout_id, attempt_id, **fields_of(body))
 
     async def end_attempt(self, rollout_id: str, attempt_id: str, body: records.EndAttempt) -> Any:
         """End an attempt with a reason; the same end again changes nothing."""
-        return await self._store.end_attempt(rollout_id, attempt_id, **_fields(body))
+        return await self._store.end_attempt(rollout_id, attempt_id, **fields_of(body))
 
 
 class Others:
@@ -262,7 +258,7 @@ class Others:
 
     async def update_worker(self, worker_id: str, body: records.UpdateWorker) -> Any:
         """A heartbeat; makes the worker known, renews the leases of `attempts`."""
-        return await self._store.update_worker(worker_id, **_fields(body))
+        return await self._store.update_worker(worker_id, **fields_of(body))
 
     async def list_resources(self, query: records.SearchResources) -> Any:
         """Snapshots of resources, in order of creation unless `sort_by` says otherwise."""
@@ -270,7 +266,7 @@ class Others:
 
     async def search_resources(self, body: records.SearchResources) -> Any:
         """As the list."""
-        return await paged(body, self._store.query_resources)
+        return await keyed(body, self._store.query_resources, "resources_id", None, "create_time")
 
     async def add_resources(self, body: records.Resources) -> Any:
         """Publish a new snapshot; it is the latest from now on."""
@@ -328,55 +324,7 @@ class Spans:
         return await self._store.get_next_span_sequence_id(body.rollout_id, body.attempt_id)
 
 
-def _fields(body: msgspec.Struct) -> dict[str, Any]:
-    return msgspec.structs.asdict(body)
-
-
 def _found(kind: str, key: str, record: Any) -> Any:
     if record is None:
         raise NotFound(f"{kind} {key!r}: not in the store")
     return record
-
-
-# Pages.
-
-
-async def paged(
-    search: records.Paging,
-    query: Callable[..., Any],
-    shown: Callable[[Any], Any] | None = None,
-    *first: Any,
-) -> Any:
-    """One page of `query`, its items as `shown` makes them; the cursor goes on where it ended."""
-    fields = _fields(search)
-    cursor = fields.pop("cursor")
-    if cursor is not None:
-        fields["offset"] = _offset_of(cursor, fields)
-    found: PaginatedResult[Any] = await query(*first, **fields)
-    end = found.offset + len(found.items)
-    more = len(found.items) > 0 and end < found.total
-    items = found.items if shown is None else [shown(one) for one in found.items]
-    return records.page(found, items, _cursor(end, fields) if more else None)
-
-
-def _cursor(offset: int, fields: dict[str, Any]) -> str:
-    return base64.urlsafe_b64encode(f"{offset}.{_print(fields)}".encode()).decode()
-
-
-def _offset_of(cursor: str, fields: dict[str, Any]) -> int:
-    try:
-        number, _, mark = base64.urlsafe_b64decode(cursor.encode()).decode().partition(".")
-        offset = int(number) if number.isascii() and number.isdigit() and len(number) < 16 else -1
-    except (binascii.Error, ValueError):
-        offset, mark = -1, ""
-    if offset < 0 or mark != _print(fields):
-        raise Malformed(
-            "cursor: expected `next_cursor` of the page before, with the same filters and order"
-        )
-    return offset
-
-
-def _print(fields: dict[str, Any]) -> str:
-    """What a cursor belongs to: everything but where the page is and how long."""
-    rest = {name: value for name, value in fields.items() if name not in ("offset", "limit")}
-    return hashlib.sha256(msgspec.json.encode(rest, order="sorted")).hexdigest()[:16]
