@@ -13,7 +13,6 @@ with it the engine's work. Test alone: `pytest tests/unit/test_gateway_http.py`.
 from __future__ import annotations
 
 import asyncio
-import contextlib
 import logging
 from collections.abc import AsyncGenerator, Awaitable, Callable, MutableMapping
 from contextlib import aclosing
@@ -34,6 +33,7 @@ Scope = MutableMapping[str, Any]
 Receive = Callable[[], Awaitable[MutableMapping[str, Any]]]
 Send = Callable[[MutableMapping[str, Any]], Awaitable[None]]
 
+CANCEL_AGAIN_SECONDS = 0.5
 MAX_BODY = 64 * 1024 * 1024
 COUNT_TOKENS = "v1/messages/count_tokens"
 _GET = ("v1/models", "state")
@@ -152,13 +152,16 @@ class GatewayApp:
                             raise AssertionError("a stream begins with its call's id")
                         writer = dialect.stream(request, piece)
                         continue
+                    if not begun and (
+                        isinstance(piece, CallResult) or piece.text or piece.reasoning
+                    ):
+                        begun = True
+                        for event in writer.begin():
+                            yield event
                     if isinstance(piece, CallResult):
                         events = writer.end(piece)
                     else:
                         events = writer.piece(piece)
-                    if events and not begun:
-                        begun = True
-                        events = [*writer.begin(), *events]
                     for event in events:
                         yield event
         except Refusal as refusal:
@@ -219,10 +222,17 @@ async def _unless_gone(answer: Awaitable[None], receive: Receive) -> None:
         await work
     finally:
         for task in (work, watch):
-            if not task.done():
-                task.cancel()
-                with contextlib.suppress(asyncio.CancelledError):
-                    await task
+            await _cancelled(task)
+
+
+async def _cancelled(task: asyncio.Future[None]) -> None:
+    """End a task. It may have to be told more than once: `asyncio.wait_for` of Python 3.11 loses a cancellation that comes at the same
+    moment as the result it waits for, and a stream has a result every few milliseconds."""
+    while not task.done():
+        task.cancel()
+        await asyncio.wait({task}, timeout=CANCEL_AGAIN_SECONDS)
+    if not task.cancelled():
+        task.exception()  # nobody is left to hear it
 
 
 async def _disconnected(receive: Receive) -> None:

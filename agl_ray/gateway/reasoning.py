@@ -7,6 +7,7 @@ names. White space around the marks belongs to neither part. Test alone: `pytest
 
 from __future__ import annotations
 
+import logging
 from collections.abc import Sequence
 from typing import Any
 
@@ -23,6 +24,8 @@ class Thoughts:
         self.end: str | None = self._parser.reasoning_end_str or None
         # What the parser makes of an answer that opens no thought: all of it is one (R1: the prompt opened it), or none.
         self.implicit = self.whole("x")[0] is not None
+        # Some parsers let a tool call end the thoughts, closed or not.
+        self.breaks = "<tool_call>" if self._breaks_at("<tool_call>") else None
         end = [] if self.end is None else tokenizer.encode(self.end, add_special_tokens=False)
         self._end_id = end[0] if len(end) == 1 else None
 
@@ -44,6 +47,12 @@ class Thoughts:
             return list(ids).index(self._end_id) + 1
         return len(ids)
 
+    def _breaks_at(self, mark: str) -> bool:
+        if self.start is None or self.end is None:
+            return False
+        reasoning, _ = self._parser.extract_reasoning(f"{self.start}a{mark}b{self.end}c", None)
+        return bool(reasoning != f"a{mark}b")
+
     def _marked(self, text: str) -> bool:
         return self.end is not None and self.end in text
 
@@ -61,19 +70,24 @@ class Split:
 
     def push(self, text: str, limit: int) -> None:
         """`text` is the answer so far, of which the first `limit` characters cannot be taken back."""
-        start, end = self._thoughts.start, self._thoughts.end
+        start, end, breaks = self._thoughts.start, self._thoughts.end, self._thoughts.breaks
         if self._blind or self.content_at is not None or start is None or end is None:
             return
         if self._from is None and not self._opened(text, start):
             return
         begin = self._from or 0
         at = text.find(end, begin)
-        if at >= 0:
+        broken = text.find(breaks, begin) if breaks else -1
+        if broken >= 0 and (at < 0 or broken < at):
+            self.reasoning = text[begin:broken].strip()
+            self._blind = True  # what belongs where is for the parser to say
+        elif at >= 0:
             self.reasoning = text[begin:at].strip()
             self.content_at = at + len(end)
-            return
-        certain = text[begin : max(begin, min(limit, len(text) - overlap(text, end)))]
-        self.reasoning = certain.strip()
+        else:
+            held = max(overlap(text, mark) for mark in (end, breaks or end))
+            certain = text[begin : max(begin, min(limit, len(text) - held))]
+            self.reasoning = certain.strip()
 
     def _opened(self, text: str, start: str) -> bool:
         """Whether it is known by now that thoughts come, and where they begin."""
@@ -100,12 +114,19 @@ def overlap(text: str, mark: str) -> int:
 def _load(name: str, tokenizer: Any) -> Any:
     from vllm.reasoning import ReasoningParserManager
 
+    # It logs a stack trace for each parser that cannot be loaded; the error below says it better.
+    logging.getLogger("vllm.reasoning").setLevel(logging.CRITICAL)
     try:
         kind = ReasoningParserManager.get_reasoning_parser(name)
     except KeyError as error:
         known = ", ".join(ReasoningParserManager.list_registered())
         raise InputError(
             f"engine.reasoning_parser: vLLM knows no parser {name!r}; expected one of {known}"
+        ) from error
+    except ImportError as error:
+        raise InputError(
+            f"engine.reasoning_parser: vLLM's parser {name!r} needs the package {error.name}, which is not installed; "
+            f"install it on the nodes of the gateway (pip install {error.name})"
         ) from error
     try:
         return kind(tokenizer)

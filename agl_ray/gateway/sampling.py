@@ -47,6 +47,7 @@ _RANGES: dict[str, tuple[float, float]] = {
     "presence_penalty": (-2.0, 2.0),
     "frequency_penalty": (-2.0, 2.0),
 }
+_WHOLE = {"top_k": (-1, 2**31 - 1), "seed": (-(2**63), 2**63 - 1)}  # what fits the engine's tensors
 _MAX_STOP = 16
 
 
@@ -95,10 +96,11 @@ def check(sampling: Mapping[str, Any], mode: str | None) -> None:
         raise _invalid(
             "repetition_penalty", f"expected more than 0, got {sampling['repetition_penalty']:g}"
         )
-    if sampling.get("top_k", 0) < -1:
-        raise _invalid("top_k", f"expected -1 or 0 (off) or more, got {sampling['top_k']}")
     if sampling.get("max_tokens", 1) < 1:
         raise _invalid("max_tokens", f"expected 1 or more, got {sampling['max_tokens']}")
+    for key, (lowest, highest) in _WHOLE.items():
+        if not lowest <= sampling.get(key, 1) <= highest:
+            raise _invalid(key, f"expected {lowest} to {highest}, got {sampling[key]}")
     stop = sampling.get("stop", [])
     if len(stop) > _MAX_STOP or "" in stop:
         raise _invalid("stop", f"expected at most {_MAX_STOP} non-empty strings")

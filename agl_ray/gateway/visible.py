@@ -124,8 +124,7 @@ class Visible:
         """(thoughts, text) that have become certain since the last call."""
         content, reasoning = self._text, ""
         if self._split is not None:
-            # A tool call among the thoughts may end them, or be one of them: what follows will tell.
-            self._split.push(self._text, _certain(self._text, [*self._stop, *self._tool_marks]))
+            self._split.push(self._text, _certain(self._text, self._stop))
             reasoning = self._split.reasoning[len(self.reasoning) :]
             self.reasoning += reasoning
             at = self._split.content_at

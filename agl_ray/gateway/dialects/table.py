@@ -25,8 +25,8 @@ from agl_ray.gateway.dialects import (
 
 
 class StreamWriter(Protocol):
-    """The server-sent events of one streamed answer, as bytes: `begin`, then `piece` for each piece after the first, then either
-    `end` or `error`. `begin` is called when the first `piece` or `end` is to be sent, so that what fails before has its own status."""
+    """The server-sent events of one streamed answer, as bytes: `piece` for each piece after the first, then either `end` or `error`.
+    `begin` comes before the first of them that has something to show, so that what fails before has its own status."""
 
     def __init__(self, request: CallRequest, first: Streamed) -> None: ...
 

@@ -1,0 +1,194 @@
+"""Bad input, the same for every dialect: each answer has the dialect's own error body and its status, and the gateway goes on."""
+
+from __future__ import annotations
+
+import asyncio
+import json
+from typing import Any
+
+import httpx
+import pytest
+from asgi_serving import serving
+from gateway_desk import BASE, Desk, calls, says
+from gateway_fakes import save_model_folder
+
+from agl_ray.gateway import http
+from agl_ray.gateway.engine_api import GenerateChunk, GenerateRequest
+from agl_ray.gateway.render import Renderer
+from agl_ray.types import EndReason, replace
+
+ASKED = [{"role": "user", "content": "1+1?"}]
+BODIES: dict[str, dict[str, Any]] = {
+    "v1/chat/completions": {"model": "tiny", "messages": ASKED, "max_tokens": 30},
+    "v1/completions": {"model": "tiny", "prompt": "1+1?", "max_tokens": 30},
+    "v1/responses": {"model": "tiny", "input": "1+1?", "max_output_tokens": 30},
+    "v1/messages": {"model": "tiny", "messages": ASKED, "max_tokens": 30},
+}
+LIMIT = {"v1/responses": "max_output_tokens"}
+PARAMETERS = {"type": "object", "properties": {"expression": {"type": "string"}}}
+FUNCTION = {"name": "calculator", "parameters": PARAMETERS}
+TOOLS: dict[str, dict[str, Any]] = {
+    "v1/chat/completions": {"type": "function", "function": FUNCTION},
+    "v1/responses": {"type": "function", **FUNCTION},
+    "v1/messages": {"name": "calculator", "input_schema": PARAMETERS},
+}
+
+every = pytest.mark.parametrize("action", list(BODIES))
+
+
+@pytest.fixture(scope="module")
+def renderer(tmp_path_factory: pytest.TempPathFactory) -> Renderer:
+    return Renderer(save_model_folder(tmp_path_factory.mktemp("model")), "hermes")
+
+
+def message(action: str, answer: httpx.Response, status: int) -> str:
+    """The text of an error that has the dialect's form."""
+    assert answer.status_code == status, answer.text
+    made = answer.json()
+    if action == "v1/messages":
+        assert set(made) == {"type", "error"}
+        assert set(made["error"]) == {"type", "message"}
+    else:
+        assert set(made) == {"error"}
+        assert set(made["error"]) == {"message", "type", "param", "code"}
+    text: str = made["error"]["message"]
+    return text
+
+
+@every
+@pytest.mark.parametrize(
+    "raw", [b"", b"{", b"null", b"[]", b'"\xff"', b"{" * 50_000, b'{"model": "tiny"}', b"\x00"]
+)
+def test_bodies_that_are_none(renderer: Renderer, action: str, raw: bytes) -> None:
+    desk = Desk(renderer, [])
+    assert message(action, desk.post(action, raw), 400)
+    assert desk.rows == []
+
+
+@every
+def test_an_oversized_body(
+    renderer: Renderer, action: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(http, "MAX_BODY", 1000)
+    asked = {**BODIES[action], "metadata": {"user_id": "x" * 1000}}
+    assert "larger than 1000" in message(action, Desk(renderer, []).post(action, asked), 413)
+
+
+@every
+def test_a_finished_attempt_and_one_that_never_was(renderer: Renderer, action: str) -> None:
+    desk = Desk(renderer, [])
+    ended = EndReason.TIMEOUT
+    desk.store.attempt = replace(desk.store.attempt, status=ended.status, end_reason=ended)
+    for stream in (False, True):
+        answer = desk.post(action, {**BODIES[action], "stream": stream})
+        assert "has ended" in message(action, answer, 410)
+    other = f"../../../ro-2/attempt/at-1/{action}"
+    assert "not known" in message(action, desk.post(other, BODIES[action]), 404)
+
+
+@every
+@pytest.mark.parametrize("limit", [0, -5, 1.5, "many"])
+def test_impossible_limits(renderer: Renderer, action: str, limit: Any) -> None:
+    asked = {**BODIES[action], LIMIT.get(action, "max_tokens"): limit}
+    assert "max" in message(action, Desk(renderer, []).post(action, asked), 400)
+
+
+@every
+def test_a_limit_beyond_the_context_is_cut(renderer: Renderer, action: str) -> None:
+    desk = Desk(renderer, [says(renderer, "2")], max_model_len=100)
+    asked = {**BODIES[action], LIMIT.get(action, "max_tokens"): 10**30}
+    desk.store.resources.resources["main_llm"].sampling_parameters.clear()
+    assert desk.post(action, asked).status_code == 200
+    (request,) = desk.engine.requests
+    assert request.max_tokens == 100 - len(request.prompt_ids)
+
+
+def test_numbers_that_the_engine_cannot_hold(renderer: Renderer) -> None:
+    for key in ("seed", "top_k"):
+        asked = {**BODIES["v1/completions"], key: 10**30}
+        assert key in message("", Desk(renderer, []).post("v1/completions", asked), 400)
+
+
+@every
+def test_a_wrong_method(renderer: Renderer, action: str) -> None:
+    async def get() -> httpx.Response:
+        transport = httpx.ASGITransport(Desk(renderer, []).app)
+        async with httpx.AsyncClient(transport=transport, base_url="http://desk") as client:
+            return await client.get(f"{BASE}/{action}")
+
+    assert "expected POST" in message(action, asyncio.run(get()), 405)
+
+
+@pytest.mark.parametrize("action", list(TOOLS))
+@pytest.mark.parametrize(
+    "broken",
+    [
+        "<tool_call>\n{oops\n</tool_call>",
+        '<tool_call>\n{"name": "calculator", "arguments": {"expression": "1+',
+        '<tool_call>\n{"name": "calculator", "arguments": "1+1"}\n</tool_call>',
+        '<tool_call>\n["calculator"]\n</tool_call>',
+    ],
+)
+def test_a_broken_call_of_the_model_is_text_and_goes_on(
+    renderer: Renderer, action: str, broken: str
+) -> None:
+    desk = Desk(renderer, [says(renderer, broken), says(renderer, broken), says(renderer, "ok")])
+    asked = {**BODIES[action], "tools": [TOOLS[action]], LIMIT.get(action, "max_tokens"): 500}
+    made = desk.post(action, asked)
+    assert made.status_code == 200
+    assert json.dumps(broken)[1:-1] in made.text
+    assert desk.events(action, asked)
+    back = {"role": "assistant", "content": broken}
+    turns = [*ASKED, back, {"role": "user", "content": "What?"}]
+    assert desk.post(action, {**asked, "input" if "input" in asked else "messages": turns})
+    assert desk.rows[2]["attributes"]["agl.retokenized_tokens"] == 0
+
+
+@every
+def test_a_caller_who_leaves_in_mid_stream(renderer: Renderer, action: str) -> None:
+    """Over a real server: the engine's work ends, nothing is recorded, and the next call is answered."""
+    desk = Desk(renderer, [says(renderer, "2")])
+    ids = renderer.encode("Well, well, well.")
+    stopped = asyncio.Event()
+
+    async def endless(request: GenerateRequest) -> Any:
+        try:
+            while True:
+                for token in ids:
+                    yield GenerateChunk(response_ids=[token], logprobs=[-0.5])
+                    await asyncio.sleep(0.001)
+        finally:
+            stopped.set()
+
+    desk.engine.generate_stream = endless  # type: ignore[method-assign]
+
+    async def main() -> dict[str, Any]:
+        async with serving(desk.app) as url, httpx.AsyncClient(base_url=url) as client:
+            path = f"{BASE}/{action}"
+            asked = {**BODIES[action], "stream": True}
+            async with client.stream("POST", path, json=asked) as answer:
+                async for _ in answer.aiter_bytes():
+                    break
+            await asyncio.wait_for(stopped.wait(), 10)
+            assert (await client.post(path, json=BODIES[action])).status_code == 200
+            state: dict[str, Any] = (await client.get(f"{BASE}/state")).json()
+            return state
+
+    state = asyncio.run(main())
+    assert (state["calls"], state["disconnects"], state["open_calls"]) == (1, 1, 0)
+    assert len(desk.rows) == 1
+
+
+@pytest.mark.parametrize("action", list(TOOLS))
+def test_tools_without_a_parser(tmp_path: Any, action: str) -> None:
+    bare = Renderer(save_model_folder(tmp_path / "bare"))
+    asked = {**BODIES[action], "tools": [TOOLS[action]]}
+    assert "engine.tool_parser" in message(action, Desk(bare, []).post(action, asked), 400)
+
+
+def test_roles_have_every_dialect(renderer: Renderer) -> None:
+    desk = Desk(renderer, [says(renderer, calls("1")) for _ in BODIES])
+    for action, asked in BODIES.items():
+        assert desk.post(f"role/planner/{action}", asked).status_code == 200
+    assert {row["role"] for row in desk.rows} == {"planner"}
+    assert len({row["dialect"] for row in desk.rows}) == len(BODIES)
