@@ -14,7 +14,7 @@ from pathlib import Path
 
 import pytest
 
-from agl_ray.cli.store_serve import check_entry, listening, serve, shown
+from agl_ray.cli.store_serve import check_entry, listening, serve
 from agl_ray.store import LightningStore
 from agl_ray.types import EnqueueRolloutRequest, InputError, WaitTimeout
 
@@ -171,8 +171,3 @@ def test_an_answer_is_not_held_back() -> None:
         assert asyncio.run(pings(LightningStore.http(address))) < 50 * 0.03
     with listening() as door:
         assert door.proto == socket.IPPROTO_TCP
-
-
-def test_passwords_are_not_shown() -> None:
-    assert shown("sqlite:///a@b.db") == "sqlite:///a@b.db"
-    assert shown("postgresql://me:secret@host:5/db") == "postgresql://me@host:5/db"
