@@ -258,10 +258,14 @@ async def follow(storage: Storage, history: list[Any], queries: list[Query]) -> 
 def placed(
     step: Write, model: Model, counter: int
 ) -> tuple[list[Row], list[SpanRow], list[EventRow]]:
-    """Positions only grow, batches follow one another, as a store does it."""
-    rows = [
-        row._replace(position=row.position and counter + i + 1) for i, row in enumerate(step.rows)
-    ]
+    """Positions only grow, that of an attempt stays, batches follow one another, as a store does it."""
+    places = {row.key: row.position for row in model.of("attempt")}
+    rows = []
+    for i, row in enumerate(step.rows):
+        place = row.position and counter + i + 1
+        if row.kind == "attempt":
+            place = places.setdefault(row.key, place)
+        rows.append(row._replace(position=place))
     last = {span.key[0]: span.first + span.number - 1 for span in model.spans}
     spans = []
     for i, (rollout_id, attempt_id, number, payload) in enumerate(step.spans):

@@ -202,7 +202,7 @@ def operations(of_ids: list[str]) -> st.SearchStrategy[list[Any]]:
         if kind == "attempt":
             return st.builds(attempt, ids, ids, columns_of(kind), bodies)
         made = st.builds(Row, st.just(kind), ids, st.sampled_from([0, 1]), columns_of(kind), bodies)
-        return made.map(created) if kind == "rollout" else made
+        return made.map(fixed) if kind == "rollout" else made
 
     records = st.sampled_from([kind for kind in COLUMNS if kind != "meta"]).flatmap(record)
     writes = st.builds(
@@ -217,14 +217,16 @@ def operations(of_ids: list[str]) -> st.SearchStrategy[list[Any]]:
     return st.lists(steps, min_size=1, max_size=8)
 
 
-def created(row: Row) -> Row:
-    """A rollout's ordinal never changes."""
-    return row._replace(columns=(ALL_IDS.index(row.key), *row.columns[1:]))
+def fixed(row: Row) -> Row:
+    """A rollout's ordinal and its start never change."""
+    number = ALL_IDS.index(row.key)
+    start_time = float(number % 3)
+    return row._replace(columns=(number, *row.columns[1:3], start_time, *row.columns[4:]))
 
 
 def attempt(rollout_id: str, attempt_id: str, columns: tuple[Any, ...], body: bytes) -> Row:
     names = (rollout_id, attempt_id)
-    return Row("attempt", "/".join(names), 1, (*names, *columns[2:]), body)
+    return Row("attempt", "/".join(names), 1, (*names, *columns[2:5], 1.0, *columns[6:]), body)
 
 
 def condition(kind: str) -> st.SearchStrategy[Condition]:

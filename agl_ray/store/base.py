@@ -152,8 +152,7 @@ class CoreBase:
     ) -> T:
         """Run a command of the machine and give its result when it is in the journal. `needs`: what it names."""
         if all(map(self.machine.state.has, needs)):
-            for key in needs:
-                self.machine.state.residents.settle(key)
+            self.machine.state.residents.used(needs)
             return await self._committed(self._run(command, *arguments, **named))
         async with self._present(needs):
             result = self._run(command, *arguments, **named)
@@ -175,9 +174,10 @@ class CoreBase:
         """`result`, once the journal holds every change made so far (one's own and those one may have seen)."""
         pending = self._submit(spans)
         if pending is not None:
-            await asyncio.wait([pending])
-            if pending.exception() is not None:
-                raise self._failure()
+            try:
+                await asyncio.shield(pending)
+            except StoreError:
+                raise self._failure() from None
         return result
 
     async def _settled(self) -> None:

@@ -145,14 +145,17 @@ class StoreCore(Spans):
     async def _spans_of(self, key: AttemptKey, expected: int) -> int:
         """How many spans of the attempt are here, once there are `expected` or the time for stragglers is over; `expected`
         where it has ended already, which makes them no matter."""
+        state = self.machine.state
+        if key in state.open and (number := state.attempt(*key).num_spans) >= expected:
+            return number
         async with self._present(rollouts([key[0]])):
-            attempt = self.machine.state.attempt(*key)
+            attempt = state.attempt(*key)
             if attempt.status.final:
                 return expected
             if attempt.num_spans < expected:
                 key = (attempt.rollout_id, attempt.attempt_id)
                 await self._ends.wait(key, attempt.num_spans, expected, self._span_seconds)
-            return self.machine.state.attempt(*key).num_spans
+            return state.attempt(*key).num_spans
 
     async def forget(self, rollout_ids: Sequence[str]) -> None:
         """Remove rollouts with their attempts and spans. Unknown ones are left out; Conflict (and nothing removed) where one

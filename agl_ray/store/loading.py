@@ -9,8 +9,7 @@ Who calls it: `agl_ray.store.base`, `agl_ray.store.core`, `agl_ray.store.reads`.
 from __future__ import annotations
 
 import asyncio
-from collections.abc import AsyncIterator, Awaitable, Callable, Iterable, Sequence
-from contextlib import asynccontextmanager
+from collections.abc import Awaitable, Callable, Iterable, Sequence
 
 from agl_ray.store.checks import is_id
 from agl_ray.store.journals.base import Journal, Row, SpanTotals
@@ -36,20 +35,24 @@ class Loader:
         self._reading: asyncio.Task[Damages] | None = None
         self.forgetting: set[str] = set()  # rollouts gone from memory, not yet from the journal
 
-    @asynccontextmanager
-    async def present(self, keys: Iterable[Key]) -> AsyncIterator[None]:
-        """Inside, those of `keys` that the store has are in memory. StoreError where one cannot be read."""
-        held = list(keys)
-        residents = self._state.residents
-        residents.pin(held)
-        try:
-            missing = [key for key in held if not self._state.has(key)]
-            if missing:
+    def present(self, keys: Iterable[Key]) -> Present:
+        """Inside (`async with`), those of `keys` that the store has are in memory. StoreError where one cannot be read."""
+        return Present(self, list(keys))
+
+    async def bring(self, keys: Sequence[Key]) -> None:
+        """Pin `keys` and load those that are not in memory; afterwards, `release` them."""
+        self._state.residents.pin(keys)
+        missing = [key for key in keys if not self._state.has(key)]
+        if missing:
+            try:
                 await self._load(missing)
-            yield
-        finally:
-            residents.unpin(held)
-            self._state.shrink()
+            except BaseException:
+                self.release(keys)
+                raise
+
+    def release(self, keys: Sequence[Key]) -> None:
+        self._state.residents.unpin(keys)
+        self._state.shrink()
 
     async def _load(self, keys: Sequence[Key]) -> None:
         """`keys` are pinned."""
@@ -61,9 +64,8 @@ class Loader:
             work = self._read_after(self._reading)
             self._next = asyncio.get_running_loop().create_task(work, name="store-loader")
         task = self._next
-        await asyncio.wait([task])
         try:
-            damages = task.result()
+            damages = await asyncio.shield(task)
         except StoreError as error:  # a fresh one per caller: a shared one gathers all tracebacks
             raise StoreError(str(error)) from error
         for key in possible if damages else ():
@@ -124,6 +126,21 @@ class Loader:
             damages[key] = error
         else:
             self._state.residents.settle(key)  # whoever wanted it may have gone
+
+
+class Present:
+    """What `Loader.present` gives (a class, as every batch of spans passes through it)."""
+
+    __slots__ = ("_keys", "_loader")
+
+    def __init__(self, loader: Loader, keys: list[Key]) -> None:
+        self._loader, self._keys = loader, keys
+
+    async def __aenter__(self) -> None:
+        await self._loader.bring(self._keys)
+
+    async def __aexit__(self, *_: object) -> None:
+        self._loader.release(self._keys)
 
 
 def group_of(row: Row, attempts: Sequence[Row], spans: Sequence[SpanTotals]) -> Group:

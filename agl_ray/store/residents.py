@@ -52,7 +52,8 @@ class Residents:
 
     def changed(self, key: Key) -> None:
         self._changed[key] = None
-        self._use(key)
+        if key in self._idle:
+            self._use(key)
 
     def sent(self, commit: Hashable) -> None:
         """All that changed so far travels with this commit."""
@@ -82,6 +83,12 @@ class Residents:
             if not self._pins[key]:
                 del self._pins[key]
                 self.settle(key)
+
+    def used(self, keys: Iterable[Key]) -> None:
+        """They were looked at."""
+        for key in keys:
+            if key in self._idle:
+                self._idle.move_to_end(key)
 
     def settle(self, key: Key) -> None:
         """`key` was just used; it may leave from now on where nothing holds it."""

@@ -35,6 +35,8 @@ REQUEST_ID = "request_id"
 ROLLOUT_BYTES, ATTEMPT_BYTES, OTHER_BYTES = 700, 600, 400
 """What a record weighs in memory beside twice its JSON (measured: tests/unit/test_store_bounded.py)."""
 
+SLACK_BYTES = 100  # by which JSON may grow (a status, a time) without being weighed again
+
 
 class Change(NamedTuple):
     """One changed record for the journal. `position` orders the rows of a kind (queue place, sequence, update count)."""
@@ -62,6 +64,7 @@ class Tally:
         "created",
         "last_sequence",
         "num_open",
+        "num_weighed",
         "rollout_body",
         "span_bytes",
     )
@@ -73,6 +76,7 @@ class Tally:
         self.num_open = 0  # attempts
         self.rollout_body = 0  # JSON bytes
         self.attempt_body = 0  # JSON bytes of the longest attempt
+        self.num_weighed = 0  # attempts
 
 
 class State:
@@ -313,6 +317,7 @@ class State:
         totals = {row.key[1]: row for row in group.spans}
         tally = self.tallies[rollout_id] = Tally(group.created)
         tally.rollout_body, tally.attempt_body = group.body_bytes
+        tally.num_weighed = len(group.attempts)
         tally.last_sequence = max(
             group.rollout.reserved_spans, *(row.last for row in group.spans), 0
         )
@@ -337,13 +342,20 @@ class State:
 
     def weigh(self, kind: str, key: str, record: Any, body_bytes: int) -> None:
         """`record` was written as so many bytes."""
-        if kind == "rollout" and key in self.tallies:
-            self.tallies[key].rollout_body = body_bytes
-            self._weigh_rollout(key)
-        elif kind == "attempt" and record.rollout_id in self.tallies:
-            tally = self.tallies[record.rollout_id]
-            tally.attempt_body = max(tally.attempt_body, body_bytes)
-            self._weigh_rollout(record.rollout_id)
+        if kind == "rollout":
+            tally = self.tallies.get(key)
+            if tally is not None and body_bytes > tally.rollout_body:
+                tally.rollout_body = body_bytes + SLACK_BYTES
+                self._weigh_rollout(key)
+        elif kind == "attempt":
+            tally = self.tallies.get(record.rollout_id)
+            if tally is None:
+                return
+            number = len(self.attempts.get(record.rollout_id, ()))
+            if body_bytes > tally.attempt_body or number > tally.num_weighed:
+                tally.attempt_body = max(tally.attempt_body, body_bytes + SLACK_BYTES)
+                tally.num_weighed = number
+                self._weigh_rollout(record.rollout_id)
         elif kind in ("resources", "state"):
             factor = 1 if kind == "state" else 2
             self.residents.weigh((kind, key), OTHER_BYTES + factor * body_bytes)

@@ -101,15 +101,11 @@ def test_a_page_costs_the_same_wherever_it_begins(tmp_path: Path) -> None:
         assert journal._reader is not None
         for field, value in places.items():
             for descending in (False, True):
-                for before in [value] if field != "end_time" else [value, None]:
-                    query = Query(
-                        "rollout", order_by=field, descending=descending, after=(before, "k")
-                    )
-                    for text, values in sqlite.sql.selects(query):
-                        plan = journal._reader.execute(
-                            f"EXPLAIN QUERY PLAN {text} LIMIT 5", values
-                        ).fetchall()
-                        assert [row[3].split()[0] for row in plan] == ["SEARCH"], (text, plan)
+                query = Query("rollout", order_by=field, descending=descending, after=(value, "k"))
+                text, values = next(sqlite.sql.selects(query))
+                explain = f"EXPLAIN QUERY PLAN {text} LIMIT 5"
+                plan = journal._reader.execute(explain, values).fetchall()
+                assert [row[3].split()[0] for row in plan] == ["SEARCH"], (text, plan)
 
     use(tmp_path / "store.db", work)
 

@@ -41,6 +41,12 @@ COLUMNS: dict[str, dict[str, type]] = {
 """Per kind of record the columns beside `key`, `position` and `body`; any of them may be None. `meta` is the journal's own
 business (fingerprints, key checks), the others are the store's."""
 
+FIXED: dict[str, set[str]] = {
+    "rollout": {"created", "start_time"},
+    "attempt": {"position", "rollout_id", "attempt_id", "start_time"},
+}
+"""What stays as it was first written, for as long as the record lives: a journal need not write it again."""
+
 
 class Row(NamedTuple):
     """One record. `columns` has the values of `COLUMNS[kind]`, in that order.

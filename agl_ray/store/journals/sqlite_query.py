@@ -2,7 +2,8 @@
 
 What it is: `selects(query)`, the one or two statements whose rows, one after the other, are the answer; `counting(query)`. Two, because
 an index is walked from a given place only where the place is a range of it: rows whose sort column is empty, and the others,
-are two ranges. So a page costs the same wherever it begins.
+are two ranges. So a page costs the same wherever it begins; the exception is the range without an end time, in which the
+rollouts that have not ended are looked for among all.
 Who calls it: `journals.sqlite`. Test alone: tests/unit/test_store_journal_contract.py.
 """
 
@@ -36,21 +37,26 @@ def selects(query: Query) -> Iterator[Statement]:
         yield text, [*values, *part_values]
 
 
-def _parts(query: Query) -> list[tuple[str, list[Any]]]:
-    """The ranges behind `query.after`, in order."""
+def _parts(query: Query) -> list[Statement]:
+    """The ranges behind `query.after` (or all of them), in order."""
     by, than = query.order_by, "<" if query.descending else ">"
-    if query.after is None:
-        return [("", [])]
-    value, key = query.after
-    if by == "key":
-        return [(f"key {than} ?", [key])]
-    behind = (f"({by}, key) {than} (?, ?)", [value, key])
     if by in NEVER_EMPTY:
-        return [behind]
-    behind_empty = (f"{by} IS NULL AND key {than} ?", [key])
-    if query.descending:
-        return [behind_empty] if value is None else [behind, (f"{by} IS NULL", [])]
-    return [behind_empty, (f"{by} IS NOT NULL", [])] if value is None else [behind]
+        if query.after is None:
+            return [("", [])]
+        value, key = query.after
+        if by == "key":
+            return [(f"key {than} ?", [key])]
+        return [(f"({by}, key) {than} (?, ?)", [value, key])]
+    empty, others = (f"{by} IS NULL", []), (f"{by} IS NOT NULL", [])
+    parts: list[Statement] = [others, empty] if query.descending else [empty, others]
+    if query.after is None:
+        return parts
+    value, key = query.after
+    if value is None:
+        behind = (f"{by} IS NULL AND key {than} ?", [key])
+        return [behind, *parts[parts.index(empty) + 1 :]]
+    behind = (f"{by} IS NOT NULL AND ({by}, key) {than} (?, ?)", [value, key])
+    return [behind, *parts[parts.index(others) + 1 :]]
 
 
 def _conditions(query: Query) -> tuple[list[str], list[Any]]:

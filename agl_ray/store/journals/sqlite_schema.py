@@ -5,7 +5,7 @@ Who calls it: `journals.sqlite`. Test alone: tests/unit/test_store_journal.py.
 
 from __future__ import annotations
 
-from agl_ray.store.journals.base import COLUMNS
+from agl_ray.store.journals.base import COLUMNS, FIXED
 
 VERSION = "2"
 
@@ -28,10 +28,9 @@ TABLES = [
     "CREATE INDEX IF NOT EXISTS span_order ON spans (rollout_id, first, attempt_id, count, size)",
     "CREATE INDEX IF NOT EXISTS rollout_waiting ON rollout (position, key) WHERE position > 0",
     "CREATE INDEX IF NOT EXISTS rollout_created ON rollout (created, key)",
-    "CREATE INDEX IF NOT EXISTS rollout_status ON rollout (status, created, key)",
-    "CREATE INDEX IF NOT EXISTS rollout_mode ON rollout (mode, created, key)",
+    "CREATE INDEX IF NOT EXISTS rollout_status ON rollout (status, created, key, mode)",  # mode: to count from
     "CREATE INDEX IF NOT EXISTS rollout_start ON rollout (start_time, key)",
-    "CREATE INDEX IF NOT EXISTS rollout_end ON rollout (end_time, key)",
+    "CREATE INDEX IF NOT EXISTS rollout_end ON rollout (end_time, key) WHERE end_time IS NOT NULL",
     "CREATE INDEX IF NOT EXISTS attempt_order ON attempt (rollout_id, position)",
     "CREATE INDEX IF NOT EXISTS attempt_reason ON attempt (end_reason, key)",  # open ones: NULL
     "CREATE INDEX IF NOT EXISTS resources_order ON resources (position, key)",
@@ -44,7 +43,9 @@ NEVER_EMPTY = {"key", "position", "created", "status", "start_time", "rollout_id
 
 def upsert(kind: str) -> str:
     """The statement that writes a row (key, position, columns, body) over the one of the same key."""
-    changing = ["position", *(name for name in COLUMNS[kind] if name != "created"), "body"]
+    changing = [
+        name for name in ("position", *COLUMNS[kind], "body") if name not in FIXED.get(kind, ())
+    ]
     changes = ", ".join(f"{name} = excluded.{name}" for name in changing)
     marks = ", ".join("?" * (len(COLUMNS[kind]) + 3))
     return f"INSERT INTO {kind} VALUES ({marks}) ON CONFLICT (key) DO UPDATE SET {changes}"
