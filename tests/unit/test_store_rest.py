@@ -105,6 +105,26 @@ def test_a_whole_flow(server: Served) -> None:
     run(server, flow)
 
 
+def test_change_events_by_a_cursor_and_a_long_poll(server: Served) -> None:
+    async def flow(rest: Rest) -> None:
+        end = await rest.ok("GET", "events")  # the server is shared: behind what other tests did
+        while end["events"]:
+            end = await rest.ok("GET", f"events?after={end['next']}")
+        made = await rest.ok("POST", "queues/rollouts/enqueue", {"rollouts": [{"input": 1}]}, 201)
+        rollout_id = made[0]["rollout_id"]
+        end = await rest.ok("GET", f"events?after={end['next']}&limit=1")
+        (event,) = end["events"]
+        assert (event["kind"], event["key"], event["status"]) == ("rollout", rollout_id, "queuing")
+        poll = asyncio.ensure_future(rest.ok("GET", f"events?after={end['next']}&wait_seconds=30"))
+        await asyncio.sleep(0.05)
+        await rest.ok("POST", "rollouts/cancel", {"rollout_ids": [rollout_id]})
+        (event,) = (await asyncio.wait_for(poll, 10))["events"]
+        assert (event["key"], event["status"]) == (rollout_id, "cancelled")
+        assert (await rest.error("GET", "events?after=-1"))[0] == 422
+
+    run(server, flow)
+
+
 def test_spans(server: Served) -> None:
     async def flow(rest: Rest) -> None:
         one = await rest.ok("POST", "rollouts", {"input": 1}, 201)

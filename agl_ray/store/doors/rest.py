@@ -18,6 +18,7 @@ from agl_ray.store.doors.rest_pages import fields_of, keyed, paged
 from agl_ray.store.doors.rest_routes import Routes
 from agl_ray.types import (
     Attempt,
+    EventPage,
     NotFound,
     ResourcesUpdate,
     Rollout,
@@ -216,6 +217,7 @@ class Others:
         add = routes.add
         add("GET", "health", self.health, gives=records.Health)
         add("GET", "statistics", self.statistics, gives=dict[str, Any])
+        add("GET", "events", self.events, query=records.Events, gives=EventPage, waits=True)
         search: Any = records.SearchWorkers
         add("GET", "workers", self.list_workers, query=search, gives=records.WorkerPage)
         add("POST", "workers/search", self.search_workers, takes=search, gives=records.WorkerPage)
@@ -243,6 +245,11 @@ class Others:
     async def statistics(self) -> Any:
         """Counts of records by status and by end reason, spans and their bytes, queue length, uptime, restarts."""
         return await self._store.statistics()
+
+    async def events(self, query: records.Events) -> Any:
+        """Changes of state behind a cursor; `next` of the answer is the cursor of the next call (a long poll with `wait_seconds`)."""
+        given = fields_of(query)
+        return await self._store.read_events(given.pop("after"), **given)
 
     async def list_workers(self, query: records.SearchWorkers) -> Any:
         """Workers, by id unless `sort_by` says otherwise."""

@@ -162,6 +162,14 @@ class WaitForRollouts(Body):
     min_count: Annotated[int, Meta(ge=0, le=MOST)] | None = None
 
 
+class Events(Body):
+    """Changes of state with a number above `after`, in order; waits up to `wait_seconds` for the first."""
+
+    after: Annotated[int, Meta(ge=0, le=2**53)] = 0
+    limit: Annotated[int, Meta(ge=0, le=1000)] = 1000
+    wait_seconds: Seconds = 0.0
+
+
 class NextSequenceId(Body):
     rollout_id: Id
     attempt_id: Id
