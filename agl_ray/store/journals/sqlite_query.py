@@ -47,7 +47,8 @@ def _parts(query: Query) -> list[Statement]:
         if by == "key":
             return [(f"key {than} ?", [key])]
         return [(f"({by}, key) {than} (?, ?)", [value, key])]
-    empty, others = (f"{by} IS NULL", []), (f"{by} IS NOT NULL", [])
+    empty: Statement = (f"{by} IS NULL", [])
+    others: Statement = (f"{by} IS NOT NULL", [])
     parts: list[Statement] = [others, empty] if query.descending else [empty, others]
     if query.after is None:
         return parts
