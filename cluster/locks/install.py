@@ -51,7 +51,9 @@ def _options() -> argparse.Namespace:
     parser = argparse.ArgumentParser(description="Set up a virtual environment from a lock.")
     parser.add_argument("--lock", type=Path, required=True)
     parser.add_argument("--venv", type=Path, required=True)
-    parser.add_argument("--add", action="store_true", help="into the venv as it is, not a fresh one")
+    parser.add_argument(
+        "--add", action="store_true", help="into the venv as it is, not a fresh one"
+    )
     return parser.parse_args()
 
 

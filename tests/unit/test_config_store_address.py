@@ -40,6 +40,8 @@ def test_a_masked_url_gets_its_password_from_the_environment() -> None:
 
 @pytest.mark.parametrize("variable", ["", "postgresql://me:x@other:5432/agl"])
 def test_a_masked_url_without_its_password_says_what_to_set(variable: str) -> None:
-    with pytest.raises(ConfigError, match=r"store.url: .*:\*\*\*@db.example.* set DATABASE_URL") as e:
+    with pytest.raises(
+        ConfigError, match=r"store.url: .*:\*\*\*@db.example.* set DATABASE_URL"
+    ) as e:
         store_url(masked(URL), FOLDER, {"DATABASE_URL": variable})
     assert "s3cr" not in str(e.value)
