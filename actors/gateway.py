@@ -99,7 +99,8 @@ class Gateway:
     """One gateway process. Made by Serve; ready when tokenizer and tool parser are loaded and the store knows of it."""
 
     def __init__(self, config: RunConfig, model_path: str, namespace: str, engine: Any) -> None:
-        renderer = Renderer(model_path, config.engine.tool_parser)
+        parsers = config.engine.tool_parser, config.engine.reasoning_parser
+        renderer = Renderer(model_path, *parsers)
         settings = DoorSettings(
             max_model_len=config.engine.max_model_len,
             call_timeout_seconds=config.gateway.call_timeout_seconds,

@@ -95,6 +95,9 @@ class EngineConfig(Section):
     """Number format of the engine's weights; float32 makes engine and learner agree to 1e-5."""
     tool_parser: str | None = None
     """Name of vLLM's tool-call parser for this model (`hermes` for Qwen); None: `tools` in a request are refused."""
+    reasoning_parser: str | None = None
+    """Name of vLLM's reasoning parser for this model (`deepseek_r1` for any model that writes `<think>...</think>`, `qwen3`, ...):
+    the gateway gives an answer's thoughts in a field of their own, in every dialect. None: they stay part of the text."""
     kv_cache_gib: PositiveFloat = 0.25
     """KV cache of one engine on CPU, GiB."""
     gpu_memory_utilization: Annotated[float, Field(gt=0, le=1)] = 0.8

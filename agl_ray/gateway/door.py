@@ -249,6 +249,7 @@ class Door:
                             seconds=max(call.deadline - loop.time(), 0.0),
                             hint="gateway.call_timeout_seconds",
                         )
+                        _if_cancelled()
                         if chunk is None:
                             break
                         yield visible.push(chunk)
@@ -342,3 +343,11 @@ class Door:
         await self.attempts.journal(path, call.live, batch, f"{call.call_id}-failed")
         await self.attempts.note_unanswered(path, call.live, message)
         return Refusal(503, message, code="engine_error", kind="server_error")
+
+
+def _if_cancelled() -> None:
+    """Raise a cancellation that was lost: `asyncio.wait_for` of Python 3.11 forgets one that comes together with the result it waits
+    for, and in a busy process the next tokens are always there. Without this, a stream whose caller has left would go on to its end."""
+    task = asyncio.current_task()
+    if task is not None and task.cancelling():
+        raise asyncio.CancelledError

@@ -13,6 +13,7 @@ with it the engine's work. Test alone: `pytest tests/unit/test_gateway_http.py`.
 from __future__ import annotations
 
 import asyncio
+import contextlib
 import logging
 from collections.abc import AsyncGenerator, Awaitable, Callable, MutableMapping
 from contextlib import aclosing
@@ -33,7 +34,6 @@ Scope = MutableMapping[str, Any]
 Receive = Callable[[], Awaitable[MutableMapping[str, Any]]]
 Send = Callable[[MutableMapping[str, Any]], Awaitable[None]]
 
-CANCEL_AGAIN_SECONDS = 0.5
 MAX_BODY = 64 * 1024 * 1024
 COUNT_TOKENS = "v1/messages/count_tokens"
 _GET = ("v1/models", "state")
@@ -222,17 +222,10 @@ async def _unless_gone(answer: Awaitable[None], receive: Receive) -> None:
         await work
     finally:
         for task in (work, watch):
-            await _cancelled(task)
-
-
-async def _cancelled(task: asyncio.Future[None]) -> None:
-    """End a task. It may have to be told more than once: `asyncio.wait_for` of Python 3.11 loses a cancellation that comes at the same
-    moment as the result it waits for, and a stream has a result every few milliseconds."""
-    while not task.done():
-        task.cancel()
-        await asyncio.wait({task}, timeout=CANCEL_AGAIN_SECONDS)
-    if not task.cancelled():
-        task.exception()  # nobody is left to hear it
+            if not task.done():
+                task.cancel()
+                with contextlib.suppress(asyncio.CancelledError):
+                    await task
 
 
 async def _disconnected(receive: Receive) -> None:
