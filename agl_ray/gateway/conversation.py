@@ -1,7 +1,7 @@
 """An attempt's conversation, read back from its call spans, for people to look at.
 
-Calls carry only the messages that are new (`messages_from`, see record.py); here they are put together again. Called by the
-session for the examples of the summary. Test alone: tests/unit/test_gateway_conversation.py.
+Calls carry only the messages that are new (`messages_from`, see record.py); here they are put together again. A raw prompt, which
+has no messages, is shown as one message of role `prompt`: its text from the call that it goes on from. Called by the session for the examples of the summary. Test alone: tests/unit/test_gateway_conversation.py.
 """
 
 from __future__ import annotations
@@ -25,7 +25,12 @@ def conversation(spans: Iterable[Mapping[str, Any]]) -> list[dict[str, Any]]:
             continue
         attributes = {key: _value(value) for key, value in dict(span["attributes"]).items()}
         request, response = attributes["request"], attributes["response"]
-        messages = [*messages[: request["messages_from"]], *request["messages"], response]
+        given = request["messages"] or [
+            {"role": "prompt", "content": attributes["agl.session"]["rest"]}
+        ]
+        first = request["messages_from"] if request["messages"] else len(messages)
+        goes_on = bool(request["messages"]) or span["parent_call"] is not None
+        messages = [*(messages[:first] if goes_on else []), *given, response]
     return messages
 
 

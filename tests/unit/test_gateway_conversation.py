@@ -31,3 +31,15 @@ def test_a_second_conversation_replaces_the_first() -> None:
 
 def test_no_calls_is_an_empty_conversation() -> None:
     assert conversation([{"kind": "span", "attributes": None}]) == []
+
+
+def test_raw_prompts_are_shown_with_what_they_go_on_from() -> None:
+    def raw(rest: str, answer: str, parent: str | None) -> dict[str, Any]:
+        made = call(0, [], answer)
+        made["attributes"]["agl.session"] = json.dumps({"rest": rest})
+        return {**made, "parent_call": parent}
+
+    first, second = {"role": "prompt", "content": "1+1="}, {"role": "prompt", "content": "+1="}
+    spans = [raw("1+1=", "2", None), raw("+1=", "3", "c1")]
+    assert conversation(spans) == [first, "2", second, "3"]
+    assert conversation([*spans, raw("1+1=", "4", None)]) == [first, "4"]
