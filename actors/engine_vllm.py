@@ -96,6 +96,10 @@ def start_vllm(config: RunConfig, model_path: str, seed: int) -> Any:
         "weight_transfer_config": WeightTransferConfig(backend=BACKEND),
         "worker_extension_cls": "agl_ray.weights.vllm_plugin.WorkerExtension",
     }
+    if engine.reasoning_parser is not None:
+        args["reasoning_parser"] = (
+            engine.reasoning_parser
+        )  # a forced form begins behind the thoughts
     if engine.num_gpus == 0:
         args |= {
             "enforce_eager": True,
@@ -116,9 +120,10 @@ def sampling_params(request: GenerateRequest, *, stream: bool) -> Any:
     """vLLM's SamplingParams for a request; InputError when vLLM refuses a value."""
     from vllm import SamplingParams
     from vllm.exceptions import VLLMClientError
-    from vllm.sampling_params import RequestOutputKind
+    from vllm.sampling_params import RequestOutputKind, StructuredOutputsParams
 
     try:
+        structure = StructuredOutputsParams(**request.structure) if request.structure else None
         return SamplingParams(
             temperature=request.temperature,
             top_p=request.top_p,
@@ -133,6 +138,7 @@ def sampling_params(request: GenerateRequest, *, stream: bool) -> Any:
             stop_token_ids=request.stop_token_ids or None,
             ignore_eos=request.ignore_eos,
             seed=request.seed,
+            structured_outputs=structure,
             # Only the sampled id's, as one flat list: a dictionary per token costs as much time as the tiny model itself.
             logprobs=0,
             flat_logprobs=True,
@@ -140,7 +146,7 @@ def sampling_params(request: GenerateRequest, *, stream: bool) -> Any:
             detokenize=bool(request.stop),
             output_kind=RequestOutputKind.DELTA if stream else RequestOutputKind.FINAL_ONLY,
         )
-    except (VLLMClientError, ValueError) as error:
+    except (VLLMClientError, ValueError, TypeError) as error:
         raise InputError(f"call {request.request_id}: bad sampling parameters: {error}") from error
 
 

@@ -95,6 +95,8 @@ class CallRequest(msgspec.Struct, frozen=True, kw_only=True):
     """The first message is for this call only: it is no part of a conversation that goes on from here."""
     keep: bool = False
     """A later call may name this one as `previous`."""
+    constraint: dict[str, Any] = {}
+    """The form that the answer must have, at most one: {"json": schema} | {"json_object": True} | {"tool": name or None}."""
     echo: dict[str, Any] = {}
     """What the dialect's answer repeats of the request, in the dialect's own form."""
 

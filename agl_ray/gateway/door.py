@@ -19,6 +19,7 @@ from typing import Any, Protocol
 
 from agl_ray.gateway.attempts import Attempts, CallPath, Live, StoreClient
 from agl_ray.gateway.canonical import CallRequest, CallResult, Refusal, Streamed
+from agl_ray.gateway.constrained import allowed, structure
 from agl_ray.gateway.engine_api import GenerateChunk, GenerateRequest, GenerateResult, join_chunks
 from agl_ray.gateway.raw_prompts import plan_raw
 from agl_ray.gateway.record import call_span, failed_call_span
@@ -68,6 +69,7 @@ class Open:
     request: CallRequest
     sampling: dict[str, Any]
     plan: Plan
+    structure: dict[str, Any] | None
     reading: Reading
     call_id: str
     started_ns: int
@@ -180,6 +182,8 @@ class Door:
         request = await self._checked(path, live, request)
         sampling = merge(request.sampling, live.rollout, live.llm, live.counts["calls"])
         check(sampling, live.rollout.mode)
+        allowed(request, live.rollout)
+        structured = structure(request, self._renderer)
         plan = self._plan(path, live, request)
         sampling["max_tokens"] = room(
             self._settings.max_model_len, request, plan, sampling.get("max_tokens")
@@ -191,6 +195,7 @@ class Door:
             request=request,
             sampling=sampling,
             plan=plan,
+            structure=structured,
             reading=Reading(self._renderer, request, over, sampling.get("stop", [])),
             call_id=new_span_id(),
             started_ns=time.time_ns(),
@@ -202,6 +207,7 @@ class Door:
         return GenerateRequest(
             request_id=call.call_id if number == 0 else f"{call.call_id}-{number}",
             prompt_ids=call.plan.prompt_ids,
+            structure=call.structure,
             **{
                 key: max(value, 0) if key == "top_k" else value
                 for key, value in call.sampling.items()

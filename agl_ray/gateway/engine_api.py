@@ -8,7 +8,7 @@ Test alone: `pytest tests/unit/test_engine_api.py`.
 from __future__ import annotations
 
 from collections.abc import Iterable
-from typing import Literal
+from typing import Any, Literal
 
 import msgspec
 
@@ -47,6 +47,8 @@ class GenerateRequest(msgspec.Struct, frozen=True, kw_only=True, omit_defaults=T
     """Go on past the model's end-of-sequence ids (benchmarks)."""
     min_tokens: int = 0
     """No end before so many tokens."""
+    structure: dict[str, Any] | None = None
+    """A form that the response must have, one of vLLM's: {"json": schema}, {"json_object": True}, {"structural_tag": JSON text}."""
     seed: int | None = None
     """Seed of this call's sampling; None = the engine's own."""
 

@@ -3,7 +3,7 @@
 Called by: the door. A call span holds the exact ids in suffix form (`parent_call`, `parent_tokens`, spans/schema.py) and in its
 attributes, as JSON: `request` {messages from `messages_from` on, tools, sampling, metadata, template options}, `response` (the message
 returned), `agl.session` (text of the new part of the prompt, raw text of the response, where it continues its parent), `agl.timings`
-(seconds), `agl.retokenized_tokens`, for a branch `agl.branch_reason`, and `agl.kept` where a later call may name this one as the one
+(seconds), `agl.retokenized_tokens`, for a branch `agl.branch_reason`, `agl.constrained` (constrained.py), and `agl.kept` where a later call may name this one as the one
 it goes on from (the responses dialect). A raw prompt has no messages: its text is in `agl.session`. A gateway that was restarted reads these spans and
 goes on exactly. Test alone: `pytest tests/unit/test_gateway_door.py`.
 """
@@ -66,6 +66,8 @@ def call_span(
         "agl.timings": dict(timings),
         "agl.retokenized_tokens": plan.retokenized,
     }
+    if request.constraint:
+        attributes["agl.constrained"] = next(iter(request.constraint))
     if request.keep:
         attributes["agl.kept"] = {"instructions": request.instructions}
     if plan.branch_reason is not None:

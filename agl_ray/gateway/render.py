@@ -151,6 +151,16 @@ class Renderer:
             return text, []
         return found.content or None, calls
 
+    def call_form(self, tools: list[dict[str, Any]], name: str | None) -> str | None:
+        """The grammar of an answer that calls a tool (this one, or any) in the model's own spelling, as vLLM's structural tag in JSON;
+        None where vLLM knows none for this parser."""
+        choice = "required" if name is None else {"type": "function", "function": {"name": name}}
+        request = _parser_request(msgspec.json.encode(tools), msgspec.json.encode(choice))
+        if self._parser is None:
+            return None
+        tag = self._parser(self._tokenizer).get_structural_tag(request)
+        return None if tag is None else msgspec.json.encode(tag.model_dump()).decode()
+
     def _needs_anchor(self) -> bool:
         """Whether a piece of text gets other ids at the start than behind a special token (sentencepiece's first space)."""
         token = self._tokenizer.eos_token
@@ -257,13 +267,13 @@ def _load_parser(name: str) -> Any:
 
 
 @functools.lru_cache(maxsize=64)
-def _parser_request(tools: bytes) -> Any:
-    """vLLM's own request object: most parsers ignore it, some look up the schemas of the tools (given as JSON)."""
+def _parser_request(tools: bytes, choice: bytes = b'"auto"') -> Any:
+    """vLLM's own request object: most parsers ignore it, some look up the schemas of the tools (given as JSON, as is the choice)."""
     from vllm.entrypoints.openai.chat_completion.protocol import ChatCompletionRequest
 
     return ChatCompletionRequest(
         model="",
         messages=[{"role": "user", "content": ""}],
         tools=msgspec.json.decode(tools),
-        tool_choice="auto",
+        tool_choice=msgspec.json.decode(choice),
     )

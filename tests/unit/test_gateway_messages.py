@@ -248,7 +248,8 @@ def test_counting_tokens_counts_those_of_the_call(renderer: Renderer) -> None:
     ("fields", "param"),
     [
         ({"frobnicate": 1}, "frobnicate"),
-        ({"tool_choice": {"type": "any"}, "tools": [TOOL]}, "tool_choice"),
+        ({"tool_choice": {"type": "any"}}, "tool_choice"),
+        ({"tool_choice": {"type": "some"}, "tools": [TOOL]}, "tool_choice.type"),
         ({"tool_choice": {"type": "tool", "name": "calculator"}}, "tool_choice"),
         (
             {"tool_choice": {"type": "auto", "disable_parallel_tool_use": True}},

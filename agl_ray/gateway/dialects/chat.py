@@ -5,10 +5,9 @@ body naming the field; nothing is ignored (contract 8). A null counts as not giv
 `pytest tests/unit/test_gateway_chat.py`.
 
 Refused on purpose: `n` > 1 (ask again: each call is one span), `top_logprobs` > 0 (the engine reports the sampled token's
-logprob only), `tool_choice` other than auto and none and `response_format` other than text (both bend the distribution that
-training needs the logprobs of), `parallel_tool_calls: false`. `chat_template_kwargs` and `reasoning_effort` go to the model's chat
-template and are refused where it does not know them. Where the run has a reasoning parser, an answer's thoughts are in
-`reasoning_content` and `reasoning`; either may be sent back.
+logprob only), `parallel_tool_calls: false`. `response_format` and a forced `tool_choice` are refused in training (constrained.py).
+`chat_template_kwargs` and `reasoning_effort` go to the model's chat template and are refused where it does not know them. Where the
+run has a reasoning parser, an answer's thoughts are in `reasoning_content` and `reasoning`; either may be sent back.
 """
 
 from __future__ import annotations
@@ -18,6 +17,7 @@ from typing import Any
 import msgspec
 
 from agl_ray.gateway.canonical import CallRequest, Refusal, json_object
+from agl_ray.gateway.constrained import wish_for_format, wish_for_tool
 from agl_ray.gateway.dialects.strict import (
     OnlyValues,
     Strict,
@@ -94,11 +94,11 @@ class ChatBody(Strict, frozen=True, kw_only=True):
     return_token_ids: bool | None = None
     chat_template_kwargs: dict[str, Any] | None = None
     reasoning_effort: str | None = None
+    response_format: dict[str, Any] | None = None
     # only one value
     n: int | None = None
     top_logprobs: int | None = None
     parallel_tool_calls: bool | None = None
-    response_format: dict[str, Any] | None = None
     logit_bias: dict[str, Any] | None = None
     store: bool | None = None
     service_tier: str | None = None
@@ -117,10 +117,6 @@ _ONLY: OnlyValues = {
         lambda v: v is True,
         "the model may write several tool calls in one answer; leave it out",
     ),
-    "response_format": (
-        lambda v: v == {"type": "text"},
-        "answers are sampled free of any grammar; ask for the format in the prompt and leave it out",
-    ),
     "logit_bias": (lambda v: v == {}, "answers are sampled from the model's own distribution"),
     "store": (lambda v: v is False, "there is no store of completions here; leave it out"),
     "service_tier": (lambda v: v in ("auto", "default"), "there is one service tier; leave it out"),
@@ -136,7 +132,8 @@ def parse(body: bytes) -> CallRequest:
         refuse("stream_options", "stream_options is only allowed when stream is true")
     if options is not None and options.include_obfuscation:
         refuse("stream_options.include_obfuscation", "include_obfuscation is not supported")
-    tools, parse_tools = _tools(chat)
+    tools, parse_tools, forced = _tools(chat)
+    constraint = forced or wish_for_format(chat.response_format, "response_format")
     template = {
         **(chat.chat_template_kwargs or {}),
         **given(reasoning_effort=chat.reasoning_effort),
@@ -154,17 +151,15 @@ def parse(body: bytes) -> CallRequest:
         return_token_ids=bool(chat.return_token_ids),
         metadata={**(chat.metadata or {}), **given(user=chat.user)},
         template=template,
+        constraint=constraint or {},
     )
 
 
-def _tools(chat: ChatBody) -> tuple[list[dict[str, Any]] | None, bool]:
+def _tools(
+    chat: ChatBody,
+) -> tuple[list[dict[str, Any]] | None, bool, dict[str, Any] | None]:
+    """(tools, whether calls are looked for, the constraint of a forced call)."""
     choice = chat.tool_choice
-    if choice not in (None, "auto", "none"):
-        refuse(
-            "tool_choice",
-            f"tool_choice={shown(choice)} is not supported: forcing a tool changes the distribution "
-            "that answers are sampled from; use 'auto' or 'none'",
-        )
     for index, tool in enumerate(chat.tools or []):
         function = tool.get("function")
         if (
@@ -175,7 +170,16 @@ def _tools(chat: ChatBody) -> tuple[list[dict[str, Any]] | None, bool]:
             refuse_value(
                 f"tools[{index}]", "expected {'type': 'function', 'function': {'name': ...}}"
             )
-    return chat.tools or None, bool(chat.tools) and choice != "none"
+    tools = chat.tools or None
+    if choice in (None, "auto", "none"):
+        return tools, tools is not None and choice != "none", None
+    function = choice.get("function") if isinstance(choice, dict) else None
+    named = function.get("name") if isinstance(function, dict) else None
+    if choice != "required" and not isinstance(named, str):
+        refuse_value(
+            "tool_choice", f"expected auto, none, required or a function, got {shown(choice)}"
+        )
+    return tools, True, wish_for_tool(named, tools)
 
 
 def _sampling(chat: ChatBody) -> dict[str, Any]:

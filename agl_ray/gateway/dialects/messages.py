@@ -8,8 +8,8 @@ knows `reasoning_effort`) are recorded with the call and do nothing else; `conte
 thoughts; a system block that starts with "x-anthropic-billing-header" is left out, since it differs from call to call and is not
 meant for the model. `thinking` switches the template's `enable_thinking`; `adaptive` leaves it to the template.
 
-Refused on purpose: `tool_choice` any and tool (forcing a tool bends the distribution that training needs the logprobs of),
-`disable_parallel_tool_use`, tools that run on Anthropic's servers, images and documents, an assistant message at the end (prefill).
+Refused on purpose: `disable_parallel_tool_use`, tools that run on Anthropic's servers, images and documents, an assistant message at
+the end (prefill). `tool_choice` any and tool and `output_config.format` are refused in training (constrained.py).
 Test alone: `pytest tests/unit/test_gateway_messages.py`.
 """
 
@@ -20,6 +20,7 @@ from typing import Any
 import msgspec
 
 from agl_ray.gateway.canonical import CallRequest
+from agl_ray.gateway.constrained import wish_for_format, wish_for_tool
 from agl_ray.gateway.dialects.messages_blocks import (
     CacheControl,
     Message,
@@ -153,21 +154,17 @@ def parse_count(body: bytes) -> CallRequest:
 
 def _prompt_part(body: CountBody) -> CallRequest:
     _check_context_management(body.context_management)
-    tools, parse_tools = _tools(body)
+    tools, parse_tools, forced = _tools(body)
     thinking, output = body.thinking, body.output_config
     if thinking is not None and thinking.type not in _THINKING:
         refuse_value(
             "thinking.type", f"expected enabled, disabled or adaptive, got {thinking.type!r}"
         )
-    if output is not None and output.format not in (None, {"type": "text"}):
-        refuse(
-            "output_config.format",
-            "output_config.format is not supported: answers are sampled free of any grammar; ask for the format in the prompt",
-        )
     wishes = given(
         effort=output.effort if output else None,
         thinking_budget_tokens=thinking.budget_tokens if thinking else None,
     )
+    form = wish_for_format(output.format if output else None, "output_config.format")
     messages = conversation(body.messages)
     system = system_text(body.system)
     return CallRequest(
@@ -178,17 +175,18 @@ def _prompt_part(body: CountBody) -> CallRequest:
         parse_tools=parse_tools,
         thinking=_THINKING[thinking.type] if thinking else None,
         metadata=wishes,
+        constraint=forced or form or {},
     )
 
 
-def _tools(body: CountBody) -> tuple[list[dict[str, Any]] | None, bool]:
+def _tools(
+    body: CountBody,
+) -> tuple[list[dict[str, Any]] | None, bool, dict[str, Any] | None]:
+    """(tools, whether calls are looked for, the constraint of a forced call)."""
     choice = body.tool_choice
-    if choice is not None and choice.type not in ("auto", "none"):
-        refuse(
-            "tool_choice",
-            f"tool_choice={shown(choice)} is not supported: forcing a tool changes the distribution that answers are sampled "
-            "from; use auto or none",
-        )
+    kind = choice.type if choice else "auto"
+    if kind not in ("auto", "none", "any", "tool"):
+        refuse_value("tool_choice.type", f"expected auto, none, any or tool, got {kind!r}")
     if choice is not None and choice.disable_parallel_tool_use:
         refuse(
             "tool_choice.disable_parallel_tool_use",
@@ -196,7 +194,9 @@ def _tools(body: CountBody) -> tuple[list[dict[str, Any]] | None, bool]:
         )
     tools = [_tool(tool, f"tools[{index}]") for index, tool in enumerate(body.tools or [])]
     made = [tool for tool in tools if tool is not None]
-    return made or None, bool(made) and (choice is None or choice.type == "auto")
+    if choice is None or kind in ("auto", "none"):
+        return made or None, bool(made) and kind == "auto", None
+    return made, True, wish_for_tool(choice.name if kind == "tool" else None, made)
 
 
 def _tool(tool: Tool, at: str) -> dict[str, Any] | None:

@@ -8,8 +8,8 @@ with the call and cannot change an answer here: `prompt_cache_key`, `safety_iden
 parts that no answer here has (`reasoning.encrypted_content`: thoughts are given in the open). `include:
 ["message.output_text.logprobs"]` gives the sampled tokens' logprobs. `strict` of a tool promises nothing: calls are sampled free.
 
-Refused on purpose: tools that run at OpenAI, `tool_choice` other than auto and none and `text.format` other than text (both bend the
-distribution that training needs the logprobs of), `parallel_tool_calls: false`, `truncation: auto`, `background`, `conversation`.
+Refused on purpose: tools that run at OpenAI, `parallel_tool_calls: false`, `truncation: auto`, `background`, `conversation`. A forced
+`tool_choice` and a `text.format` are refused in training (constrained.py).
 Test alone: `pytest tests/unit/test_gateway_responses.py`.
 """
 
@@ -20,6 +20,7 @@ from typing import Any
 import msgspec
 
 from agl_ray.gateway.canonical import CallRequest
+from agl_ray.gateway.constrained import wish_for_format, wish_for_tool
 from agl_ray.gateway.dialects.chat import StreamOptions
 from agl_ray.gateway.dialects.responses_items import conversation
 from agl_ray.gateway.dialects.strict import (
@@ -136,7 +137,8 @@ def parse(body: bytes) -> CallRequest:
             refuse_value(
                 "include", f"expected some of {', '.join(sorted(_INCLUDES))}, got {name!r}"
             )
-    tools, parse_tools = _tools(asked)
+    tools, parse_tools, forced = _tools(asked)
+    form = wish_for_format(asked.text.format if asked.text else None, "text.format")
     recorded = given(
         user=asked.user,
         prompt_cache_key=asked.prompt_cache_key,
@@ -165,6 +167,7 @@ def parse(body: bytes) -> CallRequest:
         previous=previous.removeprefix("resp_") if previous is not None else None,
         instructions=bool(first),
         keep=asked.store is not False,
+        constraint=forced or form or {},
         echo=_echo(asked),
     )
 
@@ -172,26 +175,25 @@ def parse(body: bytes) -> CallRequest:
 def _check_text(text: Text | None) -> None:
     if text is None:
         return
-    if text.format is not None and text.format.get("type") != "text":
-        refuse(
-            "text.format",
-            f"text.format={shown(text.format)} is not supported: answers are sampled free of any grammar; ask for the format "
-            "in the prompt",
-        )
     if text.verbosity not in (None, "medium"):
         refuse("text.verbosity", "text.verbosity is not supported; ask for it in the prompt")
 
 
-def _tools(asked: Body) -> tuple[list[dict[str, Any]] | None, bool]:
+def _tools(
+    asked: Body,
+) -> tuple[list[dict[str, Any]] | None, bool, dict[str, Any] | None]:
+    """(tools, whether calls are looked for, the constraint of a forced call)."""
     choice = asked.tool_choice
-    if choice not in (None, "auto", "none"):
-        refuse(
-            "tool_choice",
-            f"tool_choice={shown(choice)} is not supported: forcing a tool changes the distribution that answers are sampled "
-            "from; use 'auto' or 'none'",
-        )
     made = [_tool(tool, f"tools[{index}]") for index, tool in enumerate(asked.tools or [])]
-    return made or None, bool(made) and choice != "none"
+    if choice in (None, "auto", "none"):
+        return made or None, bool(made) and choice != "none", None
+    named = choice.get("name") if isinstance(choice, dict) else None
+    function = isinstance(choice, dict) and choice.get("type") == "function"
+    if choice != "required" and not (function and isinstance(named, str)):
+        refuse_value(
+            "tool_choice", f"expected auto, none, required or a function, got {shown(choice)}"
+        )
+    return made, True, wish_for_tool(named, made)
 
 
 def _tool(given_tool: dict[str, Any], at: str) -> dict[str, Any]:
@@ -226,7 +228,7 @@ def _echo(asked: Body) -> dict[str, Any]:
         "service_tier": "default",
         "store": asked.store is not False,
         "temperature": 1.0 if asked.temperature is None else asked.temperature,
-        "text": {"format": {"type": "text"}},
+        "text": {"format": (asked.text.format if asked.text else None) or {"type": "text"}},
         "tool_choice": asked.tool_choice or "auto",
         "tools": asked.tools or [],
         "top_p": 1.0 if asked.top_p is None else asked.top_p,
