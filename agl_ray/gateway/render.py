@@ -59,7 +59,9 @@ class Renderer:
         start = getattr(self._parser, "tool_call_start_token", None)
         self.tool_start: str | None = start if isinstance(start, str) and start else None
         self.thoughts = Thoughts(reasoning_parser, self._tokenizer) if reasoning_parser else None
-        self.num_ids: int = self._backend.get_vocab_size(with_added_tokens=True)
+        known: int = self._backend.get_vocab_size(with_added_tokens=True)
+        # Models are padded to more ids than their tokenizer knows, and may sample those.
+        self.num_ids = max(known, _model_ids(Path(model_path)))
         # What the tokenizer puts before a raw prompt (Llama's "<|begin_of_text|>").
         self.raw_start = self.decode(self._tokenizer.encode("", add_special_tokens=True))
 
@@ -97,7 +99,7 @@ class Renderer:
             text = self._tokenizer.apply_chat_template(
                 messages, tools=tools, add_generation_prompt=True, tokenize=False, **options
             )
-        except (TemplateError, TypeError) as error:
+        except (TemplateError, TypeError, ValueError, AttributeError, LookupError) as error:
             raise Refusal(
                 400,
                 f"messages: the model's chat template refuses this conversation: {error}",
@@ -125,6 +127,18 @@ class Renderer:
         if stop_id and ids:
             return self.decode(ids[:-1]), self.decode(ids[-1:])
         return self.decode(ids), ""
+
+    def check_tools(self, tools: list[dict[str, Any]]) -> None:
+        """Refusal for tools that vLLM's parsers cannot take, before anything is sampled for them."""
+        try:
+            _parser_request(msgspec.json.encode(tools))
+        except ValueError as error:
+            raise Refusal(
+                400,
+                f"tools: they are not of the form that calls are read by: {error}",
+                param="tools",
+                code="invalid_value",
+            ) from error
 
     def find_tool_calls(
         self, text: str, tools: list[dict[str, Any]]
@@ -154,8 +168,10 @@ class Renderer:
     def call_form(self, tools: list[dict[str, Any]], name: str | None) -> str | None:
         """The grammar of an answer that calls a tool (this one, or any) in the model's own spelling, as vLLM's structural tag in JSON;
         None where vLLM knows none for this parser."""
+        # What is forced keeps to its schema too, whether the caller calls the tool strict or not.
+        strict = [{**tool, "function": {**tool["function"], "strict": True}} for tool in tools]
         choice = "required" if name is None else {"type": "function", "function": {"name": name}}
-        request = _parser_request(msgspec.json.encode(tools), msgspec.json.encode(choice))
+        request = _parser_request(msgspec.json.encode(strict), msgspec.json.encode(choice))
         if self._parser is None:
             return None
         tag = self._parser(self._tokenizer).get_structural_tag(request)
@@ -250,6 +266,14 @@ def _stop_ids(tokenizer: Any, folder: Path) -> frozenset[int]:
         given = msgspec.json.decode(path.read_bytes()).get("eos_token_id")
         ids.update(given if isinstance(given, list) else [] if given is None else [given])
     return frozenset(ids)
+
+
+def _model_ids(folder: Path) -> int:
+    """The model's number of ids, as its config.json says; 0: it does not."""
+    path = folder / "config.json"
+    config = msgspec.json.decode(path.read_bytes()) if path.exists() else {}
+    sizes = [config.get("vocab_size"), (config.get("text_config") or {}).get("vocab_size")]
+    return max(size for size in (0, *sizes) if isinstance(size, int))
 
 
 def _load_parser(name: str) -> Any:

@@ -31,6 +31,8 @@ def check_request(request: CallRequest, model: str, renderer: Renderer) -> None:
             param="tools",
             code="unsupported_parameter",
         )
+    if request.tools:
+        renderer.check_tools(request.tools)
     if isinstance(request.prompt, list):
         wrong = [token for token in request.prompt if not 0 <= token < renderer.num_ids]
         if wrong:

@@ -186,6 +186,22 @@ def test_tools_without_a_parser(tmp_path: Any, action: str) -> None:
     assert "engine.tool_parser" in message(action, Desk(bare, []).post(action, asked), 400)
 
 
+@pytest.mark.parametrize(
+    "function", [{"name": "f", "parameters": 5}, {"name": "f", "description": [1]}]
+)
+def test_tools_that_no_parser_could_read(renderer: Renderer, function: dict[str, Any]) -> None:
+    asked = {**BODIES["v1/chat/completions"], "tools": [{"type": "function", "function": function}]}
+    desk = Desk(renderer, [])
+    assert "tools" in message("", desk.post("v1/chat/completions", asked), 400)
+    assert desk.engine.requests == []
+
+
+@every
+def test_half_a_character(renderer: Renderer, action: str) -> None:
+    raw = json.dumps(BODIES[action]).replace("1+1?", "\\ud800").encode()
+    assert message(action, Desk(renderer, []).post(action, raw), 400)
+
+
 def test_roles_have_every_dialect(renderer: Renderer) -> None:
     desk = Desk(renderer, [says(renderer, calls("1")) for _ in BODIES])
     for action, asked in BODIES.items():
