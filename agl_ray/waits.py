@@ -48,15 +48,13 @@ async def wait(awaitable: Awaitable[T], *, on: str, seconds: float, hint: str = 
     """Await `awaitable` (a coroutine, a future, a Ray ObjectRef) for at most `seconds`; WaitTimeout names `on`."""
     with _registered(on, seconds):
         try:
-            return await asyncio.wait_for(_as_coroutine(awaitable), timeout=seconds)
+            # Not wait_for: Python 3.11's loses a cancellation that arrives together with the result, and makes a task for each wait.
+            async with asyncio.timeout(seconds):
+                return await awaitable
         except TimeoutError as error:
             if isinstance(error, WaitTimeout):
                 raise
             raise WaitTimeout(on, seconds, hint) from error
-
-
-async def _as_coroutine(awaitable: Awaitable[T]) -> T:
-    return await awaitable
 
 
 def get(ref: Any, *, on: str, seconds: float, hint: str = "") -> Any:

@@ -3,8 +3,7 @@ written in messages_answer.py.
 
 Called by: `agl_ray/gateway/http.py`. Every field acts or is refused by name, with these exceptions, which Anthropic's own programs send
 unasked and which cannot change an answer here: `cache_control` anywhere (the engine's prefix cache needs no marks),
-`metadata.user_id`, `thinking.budget_tokens`, `thinking.display` and `output_config.effort` (the template gets the effort where it
-knows `reasoning_effort`) are recorded with the call and do nothing else; `context_management` is taken where it asks to keep all
+`metadata.user_id`, `thinking.budget_tokens`, `thinking.display` and `output_config.effort` are recorded with the call and do nothing else; `context_management` is taken where it asks to keep all
 thoughts; a system block that starts with "x-anthropic-billing-header" is left out, since it differs from call to call and is not
 meant for the model. `thinking` switches the template's `enable_thinking`; `adaptive` leaves it to the template.
 
