@@ -63,6 +63,9 @@ class Lanes:
 
 
 class _Lane:
+    """Holds at any moment between two callbacks of the loop: where a command waits, a sender or a lone caller is there who will look
+    for it once more before he leaves."""
+
     def __init__(self, send: Send) -> None:
         self._send = send
         self._waiting: list[Item] = []
@@ -76,11 +79,13 @@ class _Lane:
             return await self._call_alone(command, again)
         item = Item(command, again, size, loop.create_future())
         self._waiting.append(item)
-        if len(self._senders) + self._alone < IN_FLIGHT:
-            sender = loop.create_task(self._send_all(), name="store-lane")
-            self._senders.add(sender)
-            sender.add_done_callback(self._senders.discard)
+        self._start_sender()
         return await item.answer
+
+    def _start_sender(self) -> None:
+        if self._waiting and len(self._senders) + self._alone < IN_FLIGHT:
+            loop = asyncio.get_running_loop()
+            self._senders.add(loop.create_task(self._send_all(), name="store-lane"))
 
     async def _call_alone(self, command: Command, again: Command) -> Any:
         self._alone = True
@@ -88,30 +93,39 @@ class _Lane:
             (result,) = await self._send([command], [again])
         finally:
             self._alone = False
+            self._start_sender()
         if isinstance(result, Exception):
             raise result
         return result
 
     async def _send_all(self) -> None:
-        while self._waiting:
-            items = self._next()
-            try:
-                results = await self._send(
-                    [one.command for one in items], [one.again for one in items]
-                )
-            except Exception as error:  # noqa: BLE001 (the callers raise it)
-                results = [copy.copy(error) for _ in items]
-            except BaseException:
-                for one in items:
-                    one.answer.cancel()
-                raise
-            for one, result in zip(items, results, strict=True):
-                if one.answer.done():
-                    continue  # its caller was cancelled
-                if isinstance(result, Exception):
-                    one.answer.set_exception(result)
-                else:
-                    one.answer.set_result(result)
+        try:
+            while self._waiting:
+                await self._send_some()
+        finally:
+            # Now, and not by a callback of the task: those whom it has just answered give their next commands before that runs.
+            me = asyncio.current_task()
+            if me is not None:
+                self._senders.discard(me)
+            self._start_sender()
+
+    async def _send_some(self) -> None:
+        items = self._next()
+        try:
+            results = await self._send([one.command for one in items], [one.again for one in items])
+        except Exception as error:  # noqa: BLE001 (the callers raise it)
+            results = [copy.copy(error) for _ in items]
+        except BaseException:
+            for one in items:
+                one.answer.cancel()
+            raise
+        for one, result in zip(items, results, strict=True):
+            if one.answer.done():
+                continue  # its caller was cancelled
+            if isinstance(result, Exception):
+                one.answer.set_exception(result)
+            else:
+                one.answer.set_result(result)
 
     def _next(self) -> list[Item]:
         size = number = 0

@@ -61,9 +61,9 @@ operations = schemathesis.openapi.from_dict(document)
     suppress_health_check=list(HealthCheck),
 )
 def test_no_request_breaks_it(server: Served, case: Any) -> None:
-    if isinstance(case.body, dict):
+    for part in (case.body, case.query):
         for wait in ("wait_seconds", "timeout"):  # it waits as long as it is asked to
-            seconds = case.body.get(wait)
+            seconds = part.get(wait) if isinstance(part, dict) else None
             if isinstance(seconds, (int, float)) and 0.01 < seconds <= LONGEST_WAIT:
-                case.body[wait] = 0.01
+                part[wait] = 0.01
     case.call_and_validate(base_url=server.url, checks=CHECKS)

@@ -146,3 +146,51 @@ def test_the_answering_side_begins_in_order_and_keeps_errors_apart() -> None:
         assert "bug failed unexpectedly: KeyError" in str(bug)
 
     asyncio.run(main())
+
+
+def test_commands_given_in_the_moment_of_an_answer_are_not_left_behind() -> None:
+    """Callers whose next command follows at once on the last one's answer, while a lone command is still on its way."""
+
+    async def main() -> None:
+        gates = {"slow": asyncio.Event(), "first": asyncio.Event(), "second": asyncio.Event()}
+        gates["second"].set()
+
+        async def send(commands: Sequence[Command], _again: Sequence[Command]) -> list[Any]:
+            await gates[commands[0][0]].wait()
+            return [name for name, _ in commands]
+
+        lanes = Lanes(send)
+
+        async def two_in_a_row() -> list[str]:
+            return [await lanes.call((one, ()), (one, ()), 0) for one in ("first", "second")]
+
+        lone = begin(lanes, "slow")
+        await turn()
+        callers = [asyncio.ensure_future(two_in_a_row()) for _ in range(7)]
+        await turn()
+        gates["first"].set()
+        await turn()
+        answers = await asyncio.wait_for(asyncio.gather(*callers), 5)
+        assert answers == [["first", "second"]] * 7
+        assert not lone[0].done()
+        gates["slow"].set()
+        assert await asyncio.wait_for(lone[0], 5) == "slow"
+
+    asyncio.run(main())
+
+
+def test_a_lone_caller_sees_to_those_who_waited_meanwhile() -> None:
+    async def main() -> None:
+        wire = Wire()
+        lanes = Lanes(wire.send)
+        first = begin(lanes, "a")
+        await turn()
+        rest = begin(lanes, "b", "c")
+        await turn()
+        first[0].cancel()
+        await turn()
+        more = begin(lanes, "d", "e")
+        wire.gate.set()
+        assert await asyncio.wait_for(asyncio.gather(*rest, *more), 5) == ["B", "C", "D", "E"]
+
+    asyncio.run(main())
