@@ -115,7 +115,8 @@ def test_events_survive_json() -> None:
     for event in [*events(), Failed("it broke")]:
         again = event_from_dict(msgspec.json.decode(msgspec.json.encode(event_to_dict(event))))
         assert again == event
-    assert event_to_dict(Notice("x")) == {"kind": "notice", "text": "x"}
+    told = event_to_dict(Notice("x", restarted="store"))
+    assert told == {"kind": "notice", "text": "x", "restarted": "store"}
 
 
 def plain() -> list[str]:

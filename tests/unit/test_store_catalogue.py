@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from pathlib import Path
+from typing import Any
 
 import pytest
 
@@ -13,8 +14,23 @@ from store_catalogue.common import Scenario  # noqa: E402
 from store_catalogue.ways import WAYS, go  # noqa: E402
 
 
-@pytest.mark.parametrize("way", WAYS)
-@pytest.mark.parametrize("scenario", scenarios(), ids=label)
+def cases() -> list[Any]:
+    """Every scenario by every way. Those that watch a clock take seconds each: by the ways beside the file they are for the long run."""
+    return [
+        pytest.param(
+            scenario,
+            way,
+            id=f"{label(scenario)}-{way}",
+            marks=[pytest.mark.slow]
+            if label(scenario).startswith("health") and way != "sqlite"
+            else [],
+        )
+        for scenario in scenarios()
+        for way in WAYS
+    ]
+
+
+@pytest.mark.parametrize(("scenario", "way"), cases())
 def test_catalogue(scenario: Scenario, way: str, tmp_path: Path) -> None:
     reach, url = WAYS[way]
     go(scenario, reach, url.format(folder=tmp_path))

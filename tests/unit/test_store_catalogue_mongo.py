@@ -15,6 +15,8 @@ from store_catalogue.ways import go, in_process  # noqa: E402
 
 from agl_ray.store.journals.settings import JournalSettings  # noqa: E402
 
+pytestmark = pytest.mark.slow
+
 if TYPE_CHECKING:
     from mongo_wire import Mongo
 

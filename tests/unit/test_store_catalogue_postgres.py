@@ -12,6 +12,8 @@ from store_catalogue.ways import go, in_process  # noqa: E402
 
 from agl_ray.store.journals.settings import JournalSettings  # noqa: E402
 
+pytestmark = pytest.mark.slow
+
 pytest_plugins = ["services"]
 
 

@@ -26,6 +26,8 @@ from agl_ray.store.journals.mongo import MongoJournal
 from agl_ray.store.journals.settings import PoolSettings
 from agl_ray.types import ConfigError, InputError, StoreError
 
+pytestmark = pytest.mark.slow
+
 pytest_plugins = ["mongo_wire"]
 
 LEASE = 0.5

@@ -23,6 +23,8 @@ from agl_ray.store.journals.mongo_documents import CHUNK_BYTES
 from agl_ray.store.journals.mongo_trouble import FAILURES
 from agl_ray.types import StoreError
 
+pytestmark = pytest.mark.slow
+
 
 def row(kind: str, key: str, number: int) -> Row:
     columns = {
