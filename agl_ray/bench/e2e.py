@@ -60,12 +60,12 @@ QUICK = [  # nothing has to be made first: random weights, and an agent whose re
     "data.train=agl_ray.bench.chatter:rows",
     "data.val=agl_ray.bench.chatter:rows",
     "data.fields=[question]",
-    "rollout.groups_per_step=8",
+    "rollout.groups_per_step=4",
     "engine.max_model_len=256",
     "learner.max_row_tokens=256",
 ]
-QUICK_TOKENS = 64  # an answer; the price of a call is the same for a short one, so short ones have a smaller share
-CALLS_ALONE = 128  # calls of the engine's measurement
+QUICK_TOKENS = 32  # an answer; the price of a call is the same for a short one, so short ones have a smaller share
+CALLS_ALONE = 64  # calls of the engine's measurement
 ROUNDS = 2  # of each measurement alone; the better one counts
 
 

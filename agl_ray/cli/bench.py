@@ -29,7 +29,7 @@ def e2e(
     json_file: JsonFile = None,
     tokens: Annotated[
         int | None,
-        typer.Option("--tokens", min=1, max=64, help="With --quick: tokens of an answer (64)."),
+        typer.Option("--tokens", min=1, max=64, help="With --quick: tokens of an answer (32)."),
     ] = None,
 ) -> None:
     """The whole loop against the ideal: what engine and learner reach alone, in the same run.
