@@ -15,15 +15,13 @@ from store_catalogue.ways import WAYS, go  # noqa: E402
 
 
 def cases() -> list[Any]:
-    """Every scenario by every way. Those that watch a clock take seconds each: by the ways beside the file they are for the long run."""
+    """Every scenario by every way; the ways beside the file are for the long run."""
     return [
         pytest.param(
             scenario,
             way,
             id=f"{label(scenario)}-{way}",
-            marks=[pytest.mark.slow]
-            if label(scenario).startswith("health") and way != "sqlite"
-            else [],
+            marks=[] if way == "sqlite" else [pytest.mark.slow],
         )
         for scenario in scenarios()
         for way in WAYS
