@@ -19,7 +19,7 @@ from actors.store import MAX_CONCURRENCY, Store  # noqa: E402
 from agl_ray.store import LightningStore  # noqa: E402
 from agl_ray.store.transport import ActorTransport  # noqa: E402
 
-pytestmark = pytest.mark.usefixtures("ray_cluster")
+pytestmark = [pytest.mark.usefixtures("ray_cluster"), pytest.mark.slow]
 
 
 def many_stores() -> type[Store]:
