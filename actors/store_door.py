@@ -11,9 +11,9 @@ from ipaddress import ip_address
 from typing import Any
 
 from agl_ray.config import RunConfig
+from agl_ray.ops.asgi import App
 from agl_ray.store import LightningStore
 from agl_ray.store.doors.app import store_app
-from agl_ray.store.doors.asgi import App
 from agl_ray.types import ConfigError
 
 KEY_VARIABLE = "AGL_STORE_API_KEY"

@@ -13,9 +13,9 @@ from typing import Any
 import uvicorn
 
 from agl_ray.cli.store_serve import listening
+from agl_ray.ops.asgi import MAX_BODY
 from agl_ray.store import LightningStore, StoreCore
 from agl_ray.store.doors.app import store_app
-from agl_ray.store.doors.asgi import MAX_BODY
 
 
 @dataclass

@@ -12,12 +12,9 @@ with it the engine's work. Test alone: `pytest tests/unit/test_gateway_http.py`.
 
 from __future__ import annotations
 
-import asyncio
-import contextlib
 import logging
-from collections.abc import AsyncGenerator, Awaitable, Callable, MutableMapping
+from collections.abc import AsyncGenerator, Awaitable, Callable
 from contextlib import aclosing
-from typing import Any
 
 import msgspec
 
@@ -27,14 +24,10 @@ from agl_ray.gateway.dialects import chat_answer, messages
 from agl_ray.gateway.dialects.table import CHAT, DIALECTS, MESSAGES, Dialect, StreamWriter
 from agl_ray.gateway.door import Door
 from agl_ray.gateway.render import Renderer
+from agl_ray.ops.asgi import MAX_BODY, Gone, Receive, Scope, Send, TooLarge, read_body, unless_gone
 
 logger = logging.getLogger(__name__)
 
-Scope = MutableMapping[str, Any]
-Receive = Callable[[], Awaitable[MutableMapping[str, Any]]]
-Send = Callable[[MutableMapping[str, Any]], Awaitable[None]]
-
-MAX_BODY = 64 * 1024 * 1024
 COUNT_TOKENS = "v1/messages/count_tokens"
 _GET = ("v1/models", "state")
 _JSON = [(b"content-type", b"application/json")]
@@ -64,7 +57,7 @@ class GatewayApp:
             await self._answer(scope, path, action, receive, send)
         except Refusal as refusal:
             await _respond(send, refusal.status, dialect.error(refusal))
-        except _Gone:
+        except Gone:
             logger.info("caller of %s went away", scope["path"])
         except Exception:
             logger.exception("call of %s failed in the gateway", scope["path"])
@@ -115,7 +108,7 @@ class GatewayApp:
             dialect = DIALECTS[action]
             request = dialect.parse(await _body(receive))
             handler = self._stream if request.stream else self._whole
-            await _unless_gone(handler(dialect, path, request, send), receive)
+            await unless_gone(handler(dialect, path, request, send), receive)
 
     async def _whole(
         self, dialect: Dialect, path: CallPath, request: CallRequest, send: Send
@@ -170,10 +163,6 @@ class GatewayApp:
             yield writer.error(refusal)
 
 
-class _Gone(Exception):
-    """The caller closed the connection."""
-
-
 def _route(parts: list[str]) -> tuple[CallPath | None, str]:
     """(whose call, what of it) of a URL's path segments."""
     if len(parts) < 5 or parts[0] != "rollout" or parts[2] != "attempt":
@@ -195,42 +184,10 @@ def _dialect(action: str, scope: Scope) -> Dialect:
 
 
 async def _body(receive: Receive) -> bytes:
-    pieces: list[bytes] = []
-    size = 0
-    while True:
-        message = await receive()
-        if message["type"] == "http.disconnect":
-            raise _Gone
-        pieces.append(message.get("body", b""))
-        size += len(pieces[-1])
-        if size > MAX_BODY:
-            raise Refusal(
-                413, f"the request body is larger than {MAX_BODY} bytes", code="too_large"
-            )
-        if not message.get("more_body", False):
-            return b"".join(pieces)
-
-
-async def _unless_gone(answer: Awaitable[None], receive: Receive) -> None:
-    """Await `answer`, but cancel it when the caller disconnects; _Gone then."""
-    work = asyncio.ensure_future(answer)
-    watch = asyncio.ensure_future(_disconnected(receive))
     try:
-        await asyncio.wait({work, watch}, return_when=asyncio.FIRST_COMPLETED)
-        if not work.done():
-            raise _Gone
-        await work
-    finally:
-        for task in (work, watch):
-            if not task.done():
-                task.cancel()
-                with contextlib.suppress(asyncio.CancelledError):
-                    await task
-
-
-async def _disconnected(receive: Receive) -> None:
-    while (await receive())["type"] != "http.disconnect":
-        pass
+        return await read_body(receive, MAX_BODY)
+    except TooLarge as error:
+        raise Refusal(413, str(error), code="too_large") from error
 
 
 async def _respond(send: Send, status: int, body: bytes) -> None:

@@ -68,7 +68,7 @@ class CoreBase:
         self._journal = journal
         self._group = GroupCommit(journal, self.loop, self._fail)
         self._travelling: asyncio.Future[None] | None = None  # the newest commit seen by `_send`
-        self._events = EventLog(journal)
+        self._events = EventLog(journal, self._fail)
         self._loader = Loader(journal, self.machine.state, self._settled)
         self._present = self._loader.present
         self._cache = PayloadCache(int(cache_mib * 2**20))

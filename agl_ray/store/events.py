@@ -10,13 +10,21 @@ from __future__ import annotations
 
 import asyncio
 from collections import deque
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from typing import Any
 
 import msgspec
 
 from agl_ray.store.journals.base import EventRow, Journal
-from agl_ray.types import Attempt, EventPage, ResourcesUpdate, Rollout, StoreEvent, Worker
+from agl_ray.types import (
+    Attempt,
+    EventPage,
+    ResourcesUpdate,
+    Rollout,
+    StoreError,
+    StoreEvent,
+    Worker,
+)
 
 KEEP = 100_000
 RECENT = 4096  # in memory
@@ -25,10 +33,13 @@ _decoder = msgspec.json.Decoder(StoreEvent)
 
 
 class EventLog:
-    """keep: how many events the journal holds at least; up to a tenth more are forgotten together."""
+    """on_failure: told where the journal cannot forget. keep: how many events the journal holds at least; up to a tenth more are
+    forgotten together."""
 
-    def __init__(self, journal: Journal, keep: int = KEEP) -> None:
-        self._journal, self._keep = journal, keep
+    def __init__(
+        self, journal: Journal, on_failure: Callable[[StoreError], None], keep: int = KEEP
+    ) -> None:
+        self._journal, self._on_failure, self._keep = journal, on_failure, keep
         self._last = self._told = 0  # given out; journalled
         self._oldest = 1
         self._recent: deque[StoreEvent] = deque(maxlen=RECENT)
@@ -74,6 +85,8 @@ class EventLog:
         try:
             await self._journal.drop_events(up_to)
             self._oldest = up_to + 1
+        except StoreError as error:
+            self._on_failure(error)
         finally:
             self._dropping = None
 

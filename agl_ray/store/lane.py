@@ -28,8 +28,7 @@ COMMAND_BYTES = 1024  # what a command without payload counts for
 ALONE = frozenset(
     (
         *("close", "ping", "statistics", "forget", "wait_for_rollouts", "read_events"),
-        *("read_spans", "query_records", "find_rollouts", "find_attempts", "find_resources"),
-        "query_rollouts",
+        *("read_spans", "find_rollouts", "find_attempts", "find_resources"),
     )
 )
 

@@ -7,21 +7,15 @@ Who calls it: `agl_ray.store.core.StoreCore` builds on it. Test alone: tests/uni
 
 from __future__ import annotations
 
-from collections.abc import Sequence
-from typing import Any
-
-from agl_ray.store.journals.answers import answer
-from agl_ray.store.journals.base import COLUMNS, Condition, Page, Query
+from agl_ray.store.journals.base import COLUMNS, Page, Query
 from agl_ray.store.reads import Reads
-from agl_ray.store.rows import record_of, row_of
+from agl_ray.store.rows import record_of
 from agl_ray.types import (
     Attempt,
-    InputError,
     NotFound,
     ResourcesUpdate,
     Rollout,
     RolloutStatus,
-    Worker,
     replace,
 )
 
@@ -30,21 +24,6 @@ CREATED = [*COLUMNS["rollout"]].index("created")  # its place among the columns
 
 class Lists(Reads):
     """`find_*`: records and, where `query.count`, how many match without `after`, `offset` and `limit`."""
-
-    async def query_records(self, kind: str, query: Query) -> tuple[list[Any], int | None]:
-        """`find_*` by the kind's name (rollout, attempt, resources, worker), for callers in Python."""
-        finders: dict[str, Any] = {
-            "rollout": self.find_rollouts,
-            "attempt": self.find_attempts,
-            "resources": self.find_resources,
-            "worker": self.find_workers,
-        }
-        if kind not in finders or query.kind != kind:
-            raise InputError(
-                f"query_records: expected a kind of {list(finders)} and a query of it, got {kind!r} and {query.kind!r}"
-            )
-        found: tuple[list[Any], int | None] = await finders[kind](query)
-        return found
 
     async def find_rollouts(self, query: Query) -> tuple[list[Rollout], int | None]:
         page = await self._page(query)
@@ -73,32 +52,6 @@ class Lists(Reads):
         if attempt.end_reason is not None or now.end_reason is not None:
             return replace(attempt, num_spans=now.num_spans)
         return now
-
-    async def find_workers(self, query: Query) -> tuple[list[Worker], int | None]:
-        """They are all in memory."""
-        self._check()
-        workers = self.machine.state.workers
-        page = answer(query, [row_of("worker", key, 0, one) for key, one in workers.items()])
-        return await self._committed(([workers[row.key] for row in page.rows], page.total))
-
-    async def query_rollouts(
-        self,
-        status_in: Sequence[RolloutStatus] | None,
-        rollout_id_in: Sequence[str] | None,
-        mode: str | None,
-        limit: int,
-        offset: int,
-    ) -> list[Rollout]:
-        """In order of creation; `limit` -1 = all."""
-        must = []
-        if status_in is not None:
-            must.append(Condition("status", tuple(one.value for one in status_in)))
-        if rollout_id_in is not None:
-            must.append(Condition("key", tuple(rollout_id_in)))
-        if mode is not None:
-            must.append(Condition("mode", (mode,)))
-        query = Query("rollout", tuple(must), order_by="created", limit=limit, offset=offset)
-        return (await self.find_rollouts(query))[0]
 
     async def _page(self, query: Query) -> Page:
         self._check()

@@ -71,7 +71,7 @@ def test_an_oversized_body(
 ) -> None:
     monkeypatch.setattr(http, "MAX_BODY", 1000)
     asked = {**BODIES[action], "metadata": {"user_id": "x" * 1000}}
-    assert "larger than 1000" in message(action, Desk(renderer, []).post(action, asked), 413)
+    assert "at most 1000 bytes" in message(action, Desk(renderer, []).post(action, asked), 413)
 
 
 @every

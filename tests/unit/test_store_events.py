@@ -10,7 +10,7 @@ import pytest
 from agl_ray.store import LightningStore
 from agl_ray.store import events as module
 from agl_ray.store.core import StoreCore
-from agl_ray.types import EndReason, NotFound, StoreEvent
+from agl_ray.types import EndReason, NotFound, StoreError, StoreEvent
 
 
 async def one_rollout(store: LightningStore) -> str:
@@ -87,7 +87,7 @@ def test_old_events_are_forgotten_and_who_missed_some_is_told(
 
     async def main() -> None:
         core = await StoreCore.open("memory://")
-        core._events = module.EventLog(core._journal, keep=20)
+        core._events = module.EventLog(core._journal, core._fail, keep=20)
         store = LightningStore.local(core)
         for i in range(40):
             await store.put_state(f"k{i}", b"")
@@ -135,5 +135,25 @@ def test_waiting_readers_hear_that_the_store_has_ended() -> None:
         await core.close()
         with pytest.raises(Exception, match="shut down"):
             await asyncio.wait_for(reader, 5)
+
+    asyncio.run(main())
+
+
+def test_a_journal_that_cannot_forget_ends_the_store(monkeypatch: pytest.MonkeyPatch) -> None:
+    async def main() -> None:
+        core = await StoreCore.open("memory://")
+        core._events = module.EventLog(core._journal, core._fail, keep=5)
+
+        async def broken(up_to: int) -> None:
+            raise StoreError("the disk is gone")
+
+        monkeypatch.setattr(core._journal, "drop_events", broken)
+        for i in range(8):
+            await core.put_state(f"k{i}", b"")
+            if core.failure is not None:
+                break
+            await asyncio.sleep(0)
+        assert "the disk is gone" in str(core.failure)
+        await core.close()
 
     asyncio.run(main())

@@ -62,7 +62,7 @@ def test_every_public_coroutine_is_a_command() -> None:
         for name, _ in inspect.getmembers(StoreCore, inspect.iscoroutinefunction)
         if not name.startswith("_")
     }
-    assert set(wire.commands()) == public - {"open", "close", "query_records"}
+    assert set(wire.commands()) == public - {"open", "close"}
     blocking = {name for name, command in wire.commands().items() if command.blocks}
     assert {"dequeue", "wait_for_rollouts"} <= blocking
 

@@ -15,18 +15,18 @@ import asyncio
 import hmac
 import logging
 
-from agl_ray.store.client import LightningStore
-from agl_ray.store.doors import rpc
-from agl_ray.store.doors.asgi import (
+from agl_ray.ops.asgi import (
     MAX_BODY,
     App,
     Message,
     Receive,
     Scope,
     Send,
-    error_body,
     respond,
 )
+from agl_ray.store.client import LightningStore
+from agl_ray.store.doors import rpc
+from agl_ray.store.doors.errors import error_body
 from agl_ray.store.doors.facade import facade_app
 from agl_ray.store.doors.otlp import otlp_app
 from agl_ray.store.doors.rest import rest_app

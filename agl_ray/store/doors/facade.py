@@ -39,10 +39,10 @@ from starlette.requests import Request
 from starlette.responses import Response
 from starlette.routing import Route
 
+from agl_ray.ops.asgi import App, Receive, Scope, Send, read_body
 from agl_ray.spans import span_batch
 from agl_ray.store.client import LightningStore
 from agl_ray.store.doors import facade_events, facade_records
-from agl_ray.store.doors.asgi import App, Receive, Scope, Send, read_body
 from agl_ray.store.doors.facade_http import (
     ModelCalls,
     answer,

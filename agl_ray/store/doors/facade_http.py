@@ -13,8 +13,16 @@ from starlette.exceptions import HTTPException
 from starlette.requests import Request
 from starlette.responses import Response
 
+from agl_ray.ops.asgi import (
+    App,
+    Gone,
+    Receive,
+    Scope,
+    Send,
+    read_body,
+)
 from agl_ray.store.checks import check_id
-from agl_ray.store.doors.asgi import App, Gone, Receive, Scope, Send, read_body, status_of
+from agl_ray.store.doors.errors import status_of
 from agl_ray.store.doors.facade_proxy import Refused, send_answer
 from agl_ray.types import InputError
 

@@ -18,7 +18,7 @@ import aiohttp
 import msgspec
 
 from agl_ray import waits
-from agl_ray.store.doors.asgi import Receive, Send, unless_gone
+from agl_ray.ops.asgi import Receive, Send, unless_gone
 from agl_ray.types import AglError, WaitTimeout
 
 T = TypeVar("T")

@@ -25,11 +25,7 @@ from typing import Any, NamedTuple
 import msgspec
 import pyarrow as pa
 
-from agl_ray.spans import span_batch
-from agl_ray.spans.otel import ATTEMPT_ID, ROLLOUT_ID
-from agl_ray.store.checks import check_id
-from agl_ray.store.client import LightningStore
-from agl_ray.store.doors.asgi import (
+from agl_ray.ops.asgi import (
     JSON,
     MAX_BODY,
     App,
@@ -41,6 +37,10 @@ from agl_ray.store.doors.asgi import (
     read_body,
     respond,
 )
+from agl_ray.spans import span_batch
+from agl_ray.spans.otel import ATTEMPT_ID, ROLLOUT_ID
+from agl_ray.store.checks import check_id
+from agl_ray.store.client import LightningStore
 from agl_ray.store.transport import StoreAway
 from agl_ray.types import AglError, Conflict, InputError, NotFound, StoreError, WaitTimeout
 

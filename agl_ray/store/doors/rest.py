@@ -11,9 +11,9 @@ from typing import Any
 
 import msgspec
 
+from agl_ray.ops.asgi import MAX_BODY, App
 from agl_ray.store.client import LightningStore
 from agl_ray.store.doors import rest_records as records
-from agl_ray.store.doors.asgi import MAX_BODY, App
 from agl_ray.store.doors.rest_pages import fields_of, keyed, paged
 from agl_ray.store.doors.rest_routes import Routes
 from agl_ray.types import (

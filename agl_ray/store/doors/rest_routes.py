@@ -19,16 +19,9 @@ from fastapi import FastAPI, Request, Response
 from fastapi.openapi.utils import get_openapi
 from starlette.exceptions import HTTPException
 
+from agl_ray.ops.asgi import JSON, Gone, TooLarge, read_body, unless_gone
 from agl_ray.store.checks import check_depth
-from agl_ray.store.doors.asgi import (
-    JSON,
-    Gone,
-    TooLarge,
-    error_body,
-    read_body,
-    status_of,
-    unless_gone,
-)
+from agl_ray.store.doors.errors import error_body, status_of
 from agl_ray.store.doors.rest_records import Error, Id
 from agl_ray.store.transport import StoreAway
 from agl_ray.types import AglError

@@ -15,8 +15,7 @@ import logging
 from collections.abc import Awaitable, Sequence
 from typing import Any
 
-from agl_ray.store.doors import wire
-from agl_ray.store.doors.asgi import (
+from agl_ray.ops.asgi import (
     MAX_BODY,
     Gone,
     Receive,
@@ -24,9 +23,10 @@ from agl_ray.store.doors.asgi import (
     Send,
     read_body,
     respond,
-    status_of,
     unless_gone,
 )
+from agl_ray.store.doors import wire
+from agl_ray.store.doors.errors import status_of
 from agl_ray.store.lane import ALONE, Lanes
 from agl_ray.store.lane import Command as Given
 from agl_ray.store.transport import GatheringTransport, StoreAway

@@ -41,8 +41,8 @@ from agl_ray.types import (
 
 _UNSET, _BIG_INT = 1, 2  # codes of our msgpack extensions
 _INT_RANGE = range(-(2**63), 2**64)
-# The life of a store is its owner's business; `query_records` is for callers in Python, its records have no type here.
-_NOT_COMMANDS = frozenset({"open", "close", "query_records"})
+# The life of a store is its owner's business.
+_NOT_COMMANDS = frozenset({"open", "close"})
 _WAITS = frozenset(
     {"wait_seconds", "timeout", "expected_spans"}
 )  # a command with such an argument may wait

@@ -1,6 +1,7 @@
-"""What the doors share of ASGI: reading a bounded body, answering, noticing that the caller went away.
+"""What our HTTP doors share of ASGI: reading a bounded body, answering, noticing that the caller went away.
 
-Who calls it: `agl_ray.store.doors.rpc`, `rest` and `app`. Test alone: tests/unit/test_store_http.py.
+Called by: the gateway's HTTP surface (`agl_ray/gateway/http.py`) and the store's doors (`agl_ray/store/doors`). Test alone:
+tests/unit/test_gateway_http.py, tests/unit/test_store_http.py.
 """
 
 from __future__ import annotations
@@ -10,10 +11,7 @@ import contextlib
 from collections.abc import Awaitable, Callable, MutableMapping
 from typing import Any, TypeVar
 
-import msgspec
-
-from agl_ray.store.transport import StoreAway
-from agl_ray.types import Conflict, InputError, NotFound, StoreError, WaitTimeout
+from agl_ray.types import InputError
 
 Scope = MutableMapping[str, Any]
 Message = MutableMapping[str, Any]
@@ -32,26 +30,6 @@ class TooLarge(InputError):
 
 class Gone(Exception):
     """The caller closed the connection."""
-
-
-def status_of(error: BaseException) -> int:
-    """The HTTP status that says what kind of error this is."""
-    table: tuple[tuple[type[BaseException], int], ...] = (
-        (TooLarge, 413),
-        (InputError, 400),
-        (NotFound, 404),
-        (Conflict, 409),
-        (WaitTimeout, 504),
-        (StoreError, 503),
-        (StoreAway, 503),
-    )
-    return next((status for kind, status in table if isinstance(error, kind)), 500)
-
-
-def error_body(kind: str, message: str) -> bytes:
-    """The one JSON error body of all doors but the call route's."""
-    text = message.encode("utf-8", "backslashreplace").decode()
-    return msgspec.json.encode({"error": {"type": kind, "message": text}})
 
 
 async def respond(send: Send, status: int, body: bytes, content_type: str = JSON) -> None:
@@ -74,9 +52,7 @@ async def read_body(receive: Receive, limit: int = MAX_BODY) -> bytes:
         pieces.append(message.get("body", b""))
         size += len(pieces[-1])
         if size > limit:
-            raise TooLarge(
-                f"request body: expected at most {limit} bytes, got more; send it in parts"
-            )
+            raise TooLarge(f"request body: expected at most {limit} bytes, got more")
         if not message.get("more_body", False):
             return b"".join(pieces)
 
