@@ -21,6 +21,13 @@ os.environ["PYTHONPATH"] = os.pathsep.join(
 )
 
 
+def pytest_runtest_logreport(report: pytest.TestReport) -> None:
+    """Name a failed test at once: a run that is killed later has no summary."""
+    if report.failed:
+        print(f"\nFAILED {report.nodeid} ({report.when}, {report.duration:.0f} s)", flush=True)
+        print(report.longreprtext[-4000:], flush=True)
+
+
 @pytest.fixture(scope="session")
 def scratch() -> Iterator[Path]:
     """A short-named temp folder of this session (Ray's socket paths must stay under 107 bytes)."""

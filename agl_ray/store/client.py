@@ -257,7 +257,8 @@ class LightningStore(SpanCalls):
         """Up to `limit` (at most 1000) changes of state with a number above `after`, in order; waits up to `wait_seconds` for the first.
 
         The newest 100,000 are kept: see `EventPage.oldest`."""
-        give_up = time.monotonic() + wait_seconds
+        # Who asks for none waits for none: the store answers at once, and asking again until the time is up would keep it busy.
+        give_up = time.monotonic() + (wait_seconds if limit > 0 else 0.0)
         while True:
             left = max(0.0, give_up - time.monotonic())
             slice_seconds = min(left, SLICE_SECONDS)

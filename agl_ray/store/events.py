@@ -92,9 +92,9 @@ class EventLog:
 
     async def read(self, after: int, limit: int, wait_seconds: float) -> EventPage:
         """Up to `limit` events with a number above `after`; waits up to `wait_seconds` for the first of them."""
-        if after >= self._told and wait_seconds > 0:
-            await self._wait(wait_seconds)
         limit = max(0, min(limit, MOST))
+        if after >= self._told and limit > 0 and wait_seconds > 0:
+            await self._wait(wait_seconds)
         if after >= self._told or limit == 0:
             return EventPage(events=(), next=after, oldest=self._oldest)
         events = await self._between(after, limit)

@@ -7,7 +7,7 @@ from pathlib import Path
 
 import pytest
 
-from agl_ray.store import LightningStore
+from agl_ray.store import LightningStore, client
 from agl_ray.store import events as module
 from agl_ray.store.core import StoreCore
 from agl_ray.types import EndReason, NotFound, StoreError, StoreEvent
@@ -59,6 +59,30 @@ def test_a_waiting_reader_gets_the_event_when_it_is_journalled() -> None:
         await core.close()
 
     asyncio.run(main())
+
+
+def test_who_asks_for_no_event_waits_for_none_and_asks_once(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    """Asked again and again until the time is up, the store would do nothing else."""
+    asked = []
+
+    async def main() -> None:
+        core = await StoreCore.open("memory://")
+        store = LightningStore.local(core)
+        monkeypatch.setattr(client, "SLICE_SECONDS", 0.1)
+        read = core.read_events
+        monkeypatch.setattr(
+            core, "read_events", lambda *given: (asked.append(given), read(*given))[1]
+        )
+        for after in (0, 1):  # with an event there, and without one
+            await store.add_resources({})
+            page = await store.read_events(2 * after, limit=0, wait_seconds=1.0)
+            assert (page.events, page.next) == ((), 2 * after)
+        await core.close()
+
+    asyncio.run(main())
+    assert len(asked) == 2
 
 
 def test_a_restart_replays_from_any_cursor_and_numbers_go_on(tmp_path: Path) -> None:
