@@ -1,4 +1,7 @@
-"""kill -9 of the real store actor under load, several times: everything acknowledged is there, nothing is there twice."""
+"""kill -9 of the real store actor under load, several times: everything acknowledged is there, nothing is there twice.
+
+Over the default file, and over a real PostgreSQL server (tests/services.py).
+"""
 
 from __future__ import annotations
 
@@ -14,6 +17,7 @@ import pytest
 from actors.store import Store, create_store
 from agl_ray.spans import span_batch
 from agl_ray.store import LightningStore
+from agl_ray.store.journals.settings import JournalSettings
 from agl_ray.store.transport import ActorTransport
 from agl_ray.types import EndReason, EnqueueRolloutRequest, RolloutStatus
 
@@ -22,7 +26,17 @@ ROLLOUTS_PER_KILL = 60
 WORKERS = 6
 SPANS = 4  # calls per attempt
 
+pytest_plugins = ["services"]
 pytestmark = pytest.mark.usefixtures("ray_cluster")
+
+
+@pytest.fixture(params=["sqlite", pytest.param("postgres", marks=pytest.mark.slow)])
+def place(request: pytest.FixtureRequest, tmp_path: Path) -> tuple[str, JournalSettings]:
+    """(url, settings) of a journal that holds nothing yet."""
+    if request.param == "sqlite":
+        return f"sqlite:///{tmp_path}/store.db", JournalSettings()
+    url = request.getfixturevalue("postgres_url")
+    return url, JournalSettings(run_id=request.getfixturevalue("run_id"))
 
 
 class Seen:
@@ -93,10 +107,12 @@ async def kill_often(store: LightningStore, finished: asyncio.Event, rng: random
     return kills
 
 
-def test_kill_9_loses_nothing_acknowledged_and_repeats_nothing(tmp_path: Path) -> None:
+def test_kill_9_loses_nothing_acknowledged_and_repeats_nothing(
+    place: tuple[str, JournalSettings], tmp_path: Path
+) -> None:
     rng = random.Random(7)
     seen = Seen()
-    namespace, url = f"ns-{tmp_path.name}", f"sqlite:///{tmp_path}/store.db"
+    namespace, (url, settings) = f"ns-{tmp_path.name}", place
 
     async def main(store: LightningStore) -> None:
         finished = asyncio.Event()
@@ -108,10 +124,10 @@ def test_kill_9_loses_nothing_acknowledged_and_repeats_nothing(tmp_path: Path) -
         assert (await store.statistics())["restarts"] == KILLS
         await check(store, seen)
 
-    store = create_store("store", namespace, url)
+    store = create_store("store", namespace, url, settings=settings)
     asyncio.run(main(store))
     asyncio.run(store.shutdown())
-    again = create_store("store", namespace, url)  # and once more from the closed file
+    again = create_store("store", namespace, url, settings=settings)  # and once more from the closed journal
     asyncio.run(check(again, seen))
     asyncio.run(again.shutdown())
 
