@@ -16,6 +16,7 @@ import msgspec
 from msgspec import UNSET, UnsetType
 
 from agl_ray.store.checks import clean_text, json_value
+from agl_ray.store.requests import request_id_of, rollout_id_of
 from agl_ray.store.span_calls import SpanCalls
 from agl_ray.store.state import AttemptKey
 from agl_ray.types import (
@@ -93,12 +94,20 @@ class LightningStore(SpanCalls):
         return taken[0] if taken else None
 
     async def dequeue_many_rollouts(
-        self, *, limit: int = 1, worker_id: str | None = None, wait_seconds: float = 0.0
+        self,
+        *,
+        limit: int = 1,
+        worker_id: str | None = None,
+        wait_seconds: float = 0.0,
+        request_id: str | None = None,
     ) -> list[AttemptedRollout]:
-        """Up to `limit` leased attempts; waits up to `wait_seconds` for the first one, not for more."""
+        """Up to `limit` leased attempts; waits up to `wait_seconds` for the first one, not for more.
+
+        A `request_id` lets the caller repeat the call: what it took is given again, as it is now, and nothing more is taken. It is known
+        while one of its attempts is open, and the newest 10,000 until the store restarts."""
         if limit < 1:
             return []
-        request_id = new_id("rq")
+        request_id = request_id_of(request_id)
         give_up = time.monotonic() + wait_seconds
         slice_seconds, left = 0.0, wait_seconds  # the first look travels with other commands
         while True:
@@ -118,22 +127,28 @@ class LightningStore(SpanCalls):
         config: RolloutConfig | None = None,
         metadata: dict[str, Any] | None = None,
         worker_id: str | None = None,
+        request_id: str | None = None,
     ) -> AttemptedRollout:
-        """Make a rollout and its first attempt at once, past the queue."""
+        """Make a rollout and its first attempt at once, past the queue. The same `request_id` again gives the same ones; with another
+        `input` it is a Conflict."""
         request = EnqueueRolloutRequest(
             input=input,
             mode=mode,
             resources_id=resources_id,
             config=config,
             metadata=metadata or {},
+            rollout_id=None if request_id is None else rollout_id_of(request_id),
         )
-        return await self._call("start_rollout", _ready(request), worker_id, new_id("rq"))
+        request_id = request_id_of(request_id)
+        return await self._call("start_rollout", _ready(request), worker_id, request_id)
 
     async def start_attempt(
-        self, rollout_id: str, worker_id: str | None = None
+        self, rollout_id: str, worker_id: str | None = None, request_id: str | None = None
     ) -> AttemptedRollout:
-        """A new attempt by hand, past the queue and past `max_attempts`. Conflict where the rollout is final."""
-        return await self._call("start_attempt", rollout_id, worker_id, new_id("rq"))
+        """A new attempt by hand, past the queue and past `max_attempts`. Conflict where the rollout is final. The same `request_id` again
+        gives the same attempt."""
+        request_id = request_id_of(request_id)
+        return await self._call("start_attempt", rollout_id, worker_id, request_id)
 
     async def cancel_rollouts(self, rollout_ids: Sequence[str]) -> list[Rollout]:
         """Cancel; open attempts end `cancelled`, final rollouts stay as they are."""

@@ -69,17 +69,22 @@ class StoreCore(Spans):
     async def _take(
         self, limit: int, worker_id: str | None, request_id: str | None
     ) -> list[AttemptedRollout]:
-        """The head of the queue may have left memory; it comes back with some of those behind it."""
+        """The head of the queue may have left memory; it comes back with some of those behind it. So may what a repeated call took."""
         state = self.machine.state
+
+        def wanted(number: int) -> Sequence[str]:
+            again = state.requests.made_by(request_id)
+            return [key[0] for key in again] if again else state.first_waiting(number)
+
         take = functools.partial(
             self._run, self.machine.dequeue, limit=limit, worker_id=worker_id, request_id=request_id
         )
         while True:
             self._check()
-            if all(one in state.rollouts for one in state.first_waiting(limit)):
+            if all(one in state.rollouts for one in wanted(limit)):
                 return take()
-            async with self._present(rollouts(state.first_waiting(limit + READ_AHEAD))):
-                if all(one in state.rollouts for one in state.first_waiting(limit)):
+            async with self._present(rollouts(wanted(limit + READ_AHEAD))):
+                if all(one in state.rollouts for one in wanted(limit)):
                     return take()
 
     async def start_rollout(
@@ -87,14 +92,18 @@ class StoreCore(Spans):
     ) -> AttemptedRollout:
         named = _named(request)
         command = self.machine.start_rollout
-        return await self._do(command, named, worker_id, request_id, needs=_needs([named]))
+        needs = _needs([named]) + self._made_by(request_id)
+        return await self._do(command, named, worker_id, request_id, needs=needs)
 
     async def start_attempt(
         self, rollout_id: str, worker_id: str | None, request_id: str
     ) -> AttemptedRollout:
-        needs = rollouts([rollout_id])
+        needs = rollouts([rollout_id]) + self._made_by(request_id)
         command = self.machine.start_attempt
         return await self._do(command, rollout_id, worker_id, request_id, needs=needs)
+
+    def _made_by(self, request_id: str) -> list[Key]:
+        return rollouts(key[0] for key in self.machine.state.requests.made_by(request_id))
 
     async def cancel_rollouts(self, rollout_ids: Sequence[str]) -> list[Rollout]:
         needs = rollouts(rollout_ids)

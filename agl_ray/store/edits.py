@@ -13,7 +13,8 @@ from msgspec import UNSET, UnsetType
 
 from agl_ray.store import lifecycle
 from agl_ray.store.checks import check_end, check_json, check_record, check_worker
-from agl_ray.store.state import REQUEST_ID, State
+from agl_ray.store.requests import REQUEST_ID
+from agl_ray.store.state import State
 from agl_ray.types import (
     Attempt,
     AttemptStatus,
@@ -101,7 +102,7 @@ def update_attempt(
     check_attempt_status(attempt, status)
     if "metadata" in given:
         request = {key: attempt.metadata[key] for key in (REQUEST_ID,) if key in attempt.metadata}
-        given["metadata"] = {**request, **(given["metadata"] or {})}
+        given["metadata"] = {**(given["metadata"] or {}), **request}
     if given:
         changed = replace(attempt, **given)
         check_record("update_attempt", changed)

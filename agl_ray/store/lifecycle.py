@@ -13,7 +13,8 @@ Who calls it: `agl_ray.store.machine`. Test alone: tests/unit/test_store_machine
 
 from __future__ import annotations
 
-from agl_ray.store.state import REQUEST_ID, AttemptKey, State
+from agl_ray.store.requests import REQUEST_ID
+from agl_ray.store.state import AttemptKey, State
 from agl_ray.types import (
     Attempt,
     AttemptedRollout,

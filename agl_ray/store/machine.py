@@ -27,6 +27,7 @@ from agl_ray.store.checks import (
 )
 from agl_ray.store.journals.base import AttemptKey, Live
 from agl_ray.store.numbers import SpanNumbers
+from agl_ray.store.requests import REQUEST_ID
 from agl_ray.store.state import Group, State
 from agl_ray.types import (
     UNANSWERED_CALL,
@@ -177,7 +178,8 @@ class Machine(SpanNumbers):
     ) -> list[AttemptedRollout]:
         """Take up to `limit` rollouts, first in first out, and make their attempts: one step.
 
-        A repeated call (same `request_id`) gets the attempts of the first one that are still open, and no others.
+        A repeated call (same `request_id`) gets the attempts of the first one, as they are now, and no others: see
+        `agl_ray.store.requests` for how long it is known.
         """
         again = self._made_by(request_id)
         if again:
@@ -197,8 +199,10 @@ class Machine(SpanNumbers):
         self, request: EnqueueRolloutRequest, worker_id: str | None, request_id: str, now: float
     ) -> AttemptedRollout:
         """Make a rollout and its first attempt at once, past the queue."""
-        again = self._made_by(request_id)
+        again = self._made_by(request_id) or self._made_in(request.rollout_id, request_id)
         if again:
+            if again[0].rollout.input != request.input:
+                raise _used(request_id)
             return again[0]
         check_worker(worker_id)
         if request.rollout_id in self.state.rollouts:
@@ -209,8 +213,10 @@ class Machine(SpanNumbers):
         self, rollout_id: str, worker_id: str | None, request_id: str, now: float
     ) -> AttemptedRollout:
         """A new attempt by hand, past the queue and past `max_attempts`; a final rollout refuses (Conflict)."""
-        again = self._made_by(request_id)
+        again = self._made_by(request_id) or self._made_in(rollout_id, request_id)
         if again:
+            if again[0].rollout_id != rollout_id:
+                raise _used(request_id)
             return again[0]
         check_worker(worker_id)
         rollout = self.state.rollout(rollout_id)
@@ -233,12 +239,21 @@ class Machine(SpanNumbers):
         )
 
     def _made_by(self, request_id: str | None) -> list[AttemptedRollout]:
-        keys = self.state.requests.get(request_id, []) if request_id is not None else []
         return [
             AttemptedRollout(
                 rollout=self.state.rollouts[key[0]], attempt=self.state.attempts[key[0]][key[1]]
             )
-            for key in keys
+            for key in self.state.requests.made_by(request_id)
+        ]
+
+    def _made_in(self, rollout_id: str | None, request_id: str) -> list[AttemptedRollout]:
+        """The attempt of this rollout that the request made, if it did."""
+        if rollout_id is None:
+            return []
+        return [
+            AttemptedRollout(rollout=self.state.rollouts[rollout_id], attempt=attempt)
+            for attempt in self.state.attempts.get(rollout_id, {}).values()
+            if attempt.metadata.get(REQUEST_ID) == request_id
         ]
 
     def cancel_rollouts(self, rollout_ids: Sequence[str], now: float) -> list[Rollout]:
@@ -375,3 +390,9 @@ class Machine(SpanNumbers):
         for rollout_id in known:
             self.state.forget(rollout_id)
         return known
+
+
+def _used(request_id: str) -> Conflict:
+    return Conflict(
+        f"request_id {request_id!r} was used for another rollout: choose a fresh one for each request"
+    )

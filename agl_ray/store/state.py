@@ -17,6 +17,7 @@ from typing import Any, NamedTuple
 from agl_ray.store.journals.base import AttemptKey as AttemptKey
 from agl_ray.store.journals.base import BatchEntry as BatchEntry
 from agl_ray.store.journals.base import Live, SpanTotals
+from agl_ray.store.requests import Requests
 from agl_ray.store.residents import Key, Residents
 from agl_ray.types import (
     Attempt,
@@ -28,9 +29,6 @@ from agl_ray.types import (
     Worker,
     replace,
 )
-
-REQUEST_ID = "request_id"
-"""Key in `Attempt.metadata` of the dequeue or start call that made the attempt: a repeated call finds its attempts."""
 
 ROLLOUT_BYTES, ATTEMPT_BYTES, OTHER_BYTES = 700, 600, 400
 """What a record weighs in memory beside twice its JSON (measured: tests/unit/test_store_bounded.py)."""
@@ -97,7 +95,7 @@ class State:
         self.queue: OrderedDict[str, int] = OrderedDict()  # rollout id -> position
         self.open: dict[AttemptKey, None] = {}
         self.open_of_worker: dict[str, dict[AttemptKey, None]] = {}
-        self.requests: dict[str, list[AttemptKey]] = {}  # of open attempts
+        self.requests = Requests()
         self.batches: dict[AttemptKey, dict[str, BatchEntry]] = {}  # of open attempts
         self.position = 0
         self.last_created = 0
@@ -246,6 +244,7 @@ class State:
         for attempt in tries.values():
             self.attempts_by_reason[str(attempt.end_reason)] -= 1
             self.num_spans -= attempt.num_spans
+        self.requests.forgotten(tries.values())
         self.num_attempts -= len(tries)
         self.span_bytes -= self.tallies[rollout_id].span_bytes
         self.residents.remove(("rollout", rollout_id))
@@ -259,9 +258,7 @@ class State:
         self.open[key] = None
         self.tallies[key[0]].num_open += 1
         self._bind_worker(key, attempt)
-        request = attempt.metadata.get(REQUEST_ID)
-        if request is not None:
-            self.requests.setdefault(request, []).append(key)
+        self.requests.began(attempt)
 
     def _close(self, key: AttemptKey, attempt: Attempt) -> None:
         if key in self.open:
@@ -269,11 +266,7 @@ class State:
             self.tallies[key[0]].num_open -= 1
         self.batches.pop(key, None)
         self._forget_worker(key, attempt)
-        request = attempt.metadata.get(REQUEST_ID)
-        if request in self.requests:
-            self.requests[request].remove(key)
-            if not self.requests[request]:
-                del self.requests[request]
+        self.requests.ended(attempt)
 
     def _bind_worker(self, key: AttemptKey, attempt: Attempt) -> None:
         if attempt.worker_id is not None and key in self.open:

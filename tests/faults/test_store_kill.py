@@ -127,7 +127,9 @@ def test_kill_9_loses_nothing_acknowledged_and_repeats_nothing(
     store = create_store("store", namespace, url, settings=settings)
     asyncio.run(main(store))
     asyncio.run(store.shutdown())
-    again = create_store("store", namespace, url, settings=settings)  # and once more from the closed journal
+    again = create_store(
+        "store", namespace, url, settings=settings
+    )  # and once more from the closed journal
     asyncio.run(check(again, seen))
     asyncio.run(again.shutdown())
 

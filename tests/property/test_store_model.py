@@ -361,8 +361,8 @@ class StoreMachine(RuleBasedStateMachine):
         state = self.core.machine.state
         assert state.changes == {}
         assert state.counts() == before.counts()
-        assert {name: set(keys) for name, keys in state.requests.items()} == {
-            name: set(keys) for name, keys in before.requests.items()
+        assert {name: set(keys) for name, keys in state.requests.open.items()} == {
+            name: set(keys) for name, keys in before.requests.open.items()
         }
         assert state.batches == before.batches
         assert set(state.rollouts) == {key[0] for key in self.open_keys()}

@@ -105,6 +105,40 @@ def test_a_whole_flow(server: Served) -> None:
     run(server, flow)
 
 
+def test_a_request_id_makes_a_repeated_request_harmless(server: Served) -> None:
+    async def flow(rest: Rest) -> None:
+        new = [{"input": number} for number in range(3)]
+        await rest.ok("POST", "queues/rollouts/enqueue", {"rollouts": new}, 201)
+        body = {"limit": 2, "worker_id": "w-r", "request_id": "take-1"}
+        taken = await rest.ok("POST", "queues/rollouts/dequeue", body)
+        assert len(taken) == 2
+        assert await rest.ok("POST", "queues/rollouts/dequeue", body) == taken
+        body = {"input": "x", "request_id": "start-1"}
+        started = await rest.ok("POST", "rollouts", body, 201)
+        assert await rest.ok("POST", "rollouts", body, 201) == started
+        status, kind = await rest.error("POST", "rollouts", {**body, "input": "y"})
+        assert (status, kind) == (409, "Conflict")
+        at, body = f"rollouts/{started['rollout_id']}/attempts", {"request_id": "again-1"}
+        more = await rest.ok("POST", at, body, 201)
+        assert more["attempt"]["sequence_id"] == 2
+        assert await rest.ok("POST", at, body, 201) == more
+        for request_id, expected in (("rq-1", 400), ("a b", 422)):
+            wrong = {"request_id": request_id}
+            assert await rest.error("POST", "queues/rollouts/dequeue", wrong) == (
+                expected,
+                "InputError",
+            )
+        document = await rest.ok("GET", "openapi.json")
+        for name in ("Dequeue", "StartRollout", "StartAttempt"):
+            said = document["components"]["schemas"][name]["properties"]["request_id"]
+            assert "nothing is done twice" in json.dumps(said)
+        every = await rest.ok("GET", "rollouts?limit=-1")
+        ids = [one["rollout_id"] for one in every["items"] if one["status"] != "cancelled"]
+        await rest.ok("POST", "rollouts/cancel", {"rollout_ids": ids})
+
+    run(server, flow)
+
+
 def test_change_events_by_a_cursor_and_a_long_poll(server: Served) -> None:
     async def flow(rest: Rest) -> None:
         end = await rest.ok("GET", "events")  # the server is shared: behind what other tests did

@@ -103,10 +103,11 @@ class Rollouts:
         return await self._store.enqueue_many_rollouts([one.request() for one in body.rollouts])
 
     async def dequeue_rollouts(self, body: records.Dequeue) -> Any:
-        """Take the oldest waiting rollouts and lease an attempt of each; an empty list where there is none in time."""
-        taken = await self._store.dequeue_many_rollouts(
-            limit=body.limit, worker_id=body.worker_id, wait_seconds=body.wait_seconds
-        )
+        """Take the oldest waiting rollouts and lease an attempt of each; an empty list where there is none in time.
+
+        A repeated `request_id` is answered with what it took, as that is now, while one of its attempts is open (and, of the newest 10,000
+        requests, until the store restarts); one that took nothing looks again."""
+        taken = await self._store.dequeue_many_rollouts(**fields_of(body))
         return [records.with_attempt(one) for one in taken]
 
     async def list_rollouts(self, query: records.SearchRollouts) -> Any:
@@ -122,7 +123,7 @@ class Rollouts:
         return await self._store.cancel_rollouts(body.rollout_ids)
 
     async def start_rollout(self, body: records.StartRollout) -> Any:
-        """Make a rollout and its first attempt at once, past the queue."""
+        """Make a rollout and its first attempt at once, past the queue; a repeated `request_id` gives the same ones."""
         return records.with_attempt(await self._store.start_rollout(**fields_of(body)))
 
     async def get_rollout(self, rollout_id: str) -> Any:
@@ -185,8 +186,8 @@ class Attempts:
         return await paged(body, self._store.query_attempts, None, rollout_id)
 
     async def start_attempt(self, rollout_id: str, body: records.StartAttempt) -> Any:
-        """A new attempt by hand, past the queue and past `max_attempts`."""
-        return records.with_attempt(await self._store.start_attempt(rollout_id, body.worker_id))
+        """A new attempt by hand, past the queue and past `max_attempts`; a repeated `request_id` gives the same one."""
+        return records.with_attempt(await self._store.start_attempt(rollout_id, **fields_of(body)))
 
     async def get_latest_attempt(self, rollout_id: str) -> Any:
         """The attempt that moves its rollout."""

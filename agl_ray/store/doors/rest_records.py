@@ -85,9 +85,21 @@ class Enqueue(Body):
     rollouts: Annotated[list[NewRollout], Meta(max_length=MOST)]
 
 
+RequestId = Annotated[
+    str,
+    Meta(
+        pattern=ID_PATTERN,
+        max_length=128,
+        description="Chosen by the caller, fresh for each request: when that is sent again, its answer is given again and nothing is "
+        "done twice.",
+    ),
+]
+
+
 class Dequeue(Body):
     """Up to `limit` rollouts; waits up to `wait_seconds` for the first one."""
 
+    request_id: RequestId | None = None
     limit: Annotated[int, Meta(ge=0, le=MOST)] = 1
     worker_id: Id | None = None
     wait_seconds: Seconds = 0.0
@@ -102,6 +114,7 @@ class StartRollout(Body):
     config: RolloutConfig | None = None
     metadata: dict[str, Any] | None = None
     worker_id: Id | None = None
+    request_id: RequestId | None = None
 
 
 class UpdateRollout(Body):
@@ -117,6 +130,7 @@ class UpdateRollout(Body):
 
 class StartAttempt(Body):
     worker_id: Id | None = None
+    request_id: RequestId | None = None
 
 
 class UpdateAttempt(Body):
