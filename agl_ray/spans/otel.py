@@ -6,9 +6,10 @@ the same as a `Span` record; `agl_ray.spans.otlp` reads and writes the protocol.
 * ids come from the span's attributes, else from its resource: `agentlightning.rollout_id`, `.attempt_id` (or `agl.` instead of
   `agentlightning.`). They become columns and leave the attributes. `agentlightning.span_sequence_id` is read and stays;
 * `agentlightning.reward.0.value` and `.name` (number 0 is the primary reward) become the reward columns, kind `reward`; a primary reward
-  that is no finite number refuses the span. A link of agent-lightning (`agentlightning.link.<i>.key_match` / `.value_match`) by `span_id` or
-  `gen_ai.response.id` names the rewarded call;
-* `gen_ai.*` attributes stay and fill model, finish reason and usage. Such a span is of kind `span`: only the gateway records `call`;
+  that is no finite number refuses the span. A link of agent-lightning (`agentlightning.link.<i>.key_match` / `.value_match`) says what is
+  rewarded, in `reward_target`: by `span_id` or `gen_ai.response.id` a call, by `agentlightning.tag.<i>` a tag (`tag:NAME`); without one it
+  is the rollout;
+* `gen_ai.*` attributes, and OpenInference's `llm.*`, stay and fill model, finish reason and usage. Such a span is of kind `span`: only the gateway records `call`;
 * what a row has no column for is kept as attributes: `otel.span.kind`, `otel.scope.name`, `otel.scope.version`, `otel.trace_state`, `otel.dropped_*_count`.
 
 Attribute values are JSON values, see `agl_ray.spans.otel_values`. Events are `{name, time_ns, attributes}`, links `{trace_id, span_id, attributes}`.
@@ -49,9 +50,17 @@ DROPPED = {
     "links": "otel.dropped_links_count",
 }
 
-MODEL = ("gen_ai.request.model", "gen_ai.response.model")
-PROMPT_TOKENS = ("gen_ai.usage.input_tokens", "gen_ai.usage.prompt_tokens")
-RESPONSE_TOKENS = ("gen_ai.usage.output_tokens", "gen_ai.usage.completion_tokens")
+MODEL = ("gen_ai.request.model", "gen_ai.response.model", "llm.model_name")
+PROMPT_TOKENS = (
+    "gen_ai.usage.input_tokens",
+    "gen_ai.usage.prompt_tokens",
+    "llm.token_count.prompt",
+)
+RESPONSE_TOKENS = (
+    "gen_ai.usage.output_tokens",
+    "gen_ai.usage.completion_tokens",
+    "llm.token_count.completion",
+)
 FINISH_REASONS = "gen_ai.response.finish_reasons"
 
 _IDS = {
@@ -60,7 +69,10 @@ _IDS = {
 }
 _ID_NAMES = frozenset(name for names in _IDS.values() for name in names)
 _LINK = re.compile(r"agentlightning\.link\.(0|[1-9][0-9]{0,8})\.key_match")
-_OUR_ANSWER = "chatcmpl-"  # the gateway's response id is this and the call's span id
+_OUR_ANSWER = re.compile(
+    "^(chatcmpl-|cmpl-|resp_|msg_)"
+)  # the gateway's response id is this and the call's span id
+_TAG = re.compile(r"agentlightning\.tag\.[0-9]+")
 _MOST_INT32, _MOST_INT64 = 2**31 - 1, 2**63 - 1
 
 
@@ -148,7 +160,7 @@ def _reward(span_id: str, attributes: Mapping[str, Any]) -> dict[str, Any]:
 
 
 def _target(attributes: Mapping[str, Any]) -> str | None:
-    """The span id of the call that agent-lightning's links name, if they name one."""
+    """The span id of the call, or `tag:` and the tag, that agent-lightning's links name, if they name one."""
     numbers = (_LINK.fullmatch(key) for key in attributes)
     for number in sorted(int(match[1]) for match in numbers if match):
         link = f"agentlightning.link.{number}"
@@ -156,7 +168,9 @@ def _target(attributes: Mapping[str, Any]) -> str | None:
         if isinstance(value, str) and key == "span_id":
             return value
         if isinstance(value, str) and key == "gen_ai.response.id":
-            return value.removeprefix(_OUR_ANSWER)
+            return _OUR_ANSWER.sub("", value)
+        if isinstance(value, str) and isinstance(key, str) and _TAG.fullmatch(key):
+            return f"tag:{value}"
     return None
 
 

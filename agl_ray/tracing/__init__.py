@@ -1,6 +1,28 @@
 """Tracing: what the agent's own process records about a rollout."""
 
-from agl_ray.tracing.emit import emit_reward, finite_reward
+from agl_ray.tracing.emit import (
+    emit_annotation,
+    emit_exception,
+    emit_message,
+    emit_object,
+    emit_reward,
+)
+from agl_ray.tracing.names import make_link_attributes, make_tag_attributes
+from agl_ray.tracing.operation import operation
 from agl_ray.tracing.recorder import SpanRecorder, current_recorder, recording
+from agl_ray.tracing.values import finite_reward
 
-__all__ = ["SpanRecorder", "current_recorder", "emit_reward", "finite_reward", "recording"]
+__all__ = [
+    "SpanRecorder",
+    "current_recorder",
+    "emit_annotation",
+    "emit_exception",
+    "emit_message",
+    "emit_object",
+    "emit_reward",
+    "finite_reward",
+    "make_link_attributes",
+    "make_tag_attributes",
+    "operation",
+    "recording",
+]

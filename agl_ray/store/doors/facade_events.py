@@ -86,8 +86,10 @@ def events_of(rows: Iterable[Mapping[str, Any]], attempt_id: str) -> list[Event]
 
 
 def last_reward(rows: Iterable[Mapping[str, Any]]) -> float | None:
-    """The value of the newest reward among an attempt's spans; None where there is none."""
-    rewards = [row["reward"] for row in rows if row["reward"] is not None]
+    """The value of the newest reward for the rollout itself among an attempt's spans; None where there is none."""
+    rewards = [
+        row["reward"] for row in rows if row["reward"] is not None and row["reward_target"] is None
+    ]
     return rewards[-1] if rewards else None
 
 
