@@ -142,6 +142,7 @@ class LearnerRank:
             self.config.learner,
             world_size=self.world_size,
             seed=self.seed,
+            trajectory=self.config.trajectory,
         )
         return [
             ray.put(replace(payload, stats={**payload.stats, "seconds_read": read}))
@@ -161,7 +162,7 @@ class LearnerRank:
 
     def count_retokenized(self, store: LightningStore, attempts: list[tuple[str, str]]) -> int:
         """On rank 0: re-derived tokens (contract 4) in the calls of these attempts. Here, since the controller reads no spans."""
-        from agl_ray.trajectory.rows import retokenized_tokens
+        from agl_ray.trajectory.calls import retokenized_tokens
 
         read = waits.wait(
             store.read_spans(attempts),

@@ -13,6 +13,7 @@ from pydantic import Field, model_validator
 
 from agl_ray.config.algorithm import AlgorithmConfig
 from agl_ray.config.section import Fraction, NonNegative, Positive, PositiveFloat, Section
+from agl_ray.config.trajectory import TrajectoryConfig
 
 
 class ModelConfig(Section):
@@ -139,7 +140,7 @@ class LearnerConfig(Section):
     tokens_per_microbatch: Positive = 4096
     """Token budget of one packed forward pass (a longer single row still goes alone)."""
     max_row_tokens: Positive = 1024
-    """A row (conversation) longer than this is dropped after the advantages are taken, and counted."""
+    """A row (conversation) longer than this is dropped or cut (`trajectory.overlong`) after the advantages are taken, and counted."""
     dtype: Literal["float32", "bfloat16"] = "float32"
     """Compute format of the forward pass (FSDP mixed precision); parameters stay float32."""
     num_cpus: Annotated[float, Field(ge=0)] = 0.5
@@ -235,6 +236,7 @@ class RunConfig(Section):
     runners: RunnersConfig = RunnersConfig()
     engine: EngineConfig = EngineConfig()
     gateway: GatewayConfig = GatewayConfig()
+    trajectory: TrajectoryConfig = TrajectoryConfig()
     algorithm: AlgorithmConfig = AlgorithmConfig()
     learner: LearnerConfig = LearnerConfig()
     weights: WeightsConfig = WeightsConfig()

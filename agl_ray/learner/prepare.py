@@ -17,12 +17,15 @@ import pyarrow as pa
 
 from agl_ray.learner.packing import Packed, pack
 from agl_ray.trajectory.batch import TrainBatch
+from agl_ray.trajectory.calls import Calls
+from agl_ray.trajectory.overlong import fit
 from agl_ray.trajectory.ragged import Array, Rows
-from agl_ray.trajectory.rows import AttemptRows, build_rows, retokenized_tokens
+from agl_ray.trajectory.rows import build_rows
 
 if TYPE_CHECKING:
     from agl_ray.algorithms.algorithm import Algorithm
     from agl_ray.config.models import LearnerConfig
+    from agl_ray.config.trajectory import TrajectoryConfig
 
 
 @dataclass(frozen=True, slots=True)
@@ -49,6 +52,7 @@ def lay_out(
     *,
     world_size: int,
     seed: int,
+    trajectory: TrajectoryConfig | None = None,
 ) -> list[Payload]:
     """The payload of each rank.
 
@@ -61,28 +65,23 @@ def lay_out(
         np.arange(len(batch.groups)), [len(group.members) for group in batch.groups]
     )
     rewards = np.array([member.reward for member in batch.members], np.float64)
-    built = build_rows(spans, batch.attempts)
+    built = build_rows(spans, batch.attempts, trajectory)
     advantages_M = algorithm.advantages(
-        rewards, group_index, _tokens_of_rollouts(built, len(rewards))
+        rewards, group_index, _tokens_of_rollouts(built.calls, len(rewards))
     )
-    kept, stats = _drop(built, config.max_row_tokens)
+    rows, kept, dropped = fit(built.rows, config.max_row_tokens, trajectory)
     rollout_R = built.attempt[kept]
     advantages_R = advantages_M[rollout_R]
-    rows = built.rows.take(kept)
     row = rows.row_of_token
     rows = _with_streams(rows, advantages_R, algorithm.scales(rows.weights, rollout_R[row], row))
     signal = np.bincount(group_index, weights=advantages_M != 0) > 0
-    stats |= {
+    stats = {
+        **built.counts(),
+        **dropped,
         "groups": float(len(batch.groups)),
         "zero_signal_groups": float((~signal).sum()),
         "rollouts": float(len(rewards)),
-        "calls": float(built.num_calls),
-        "branches": float(built.num_branches),
-        "calls_failed": float(built.num_failed_calls),
-        "calls_greedy": float(built.num_greedy_calls),
-        "rollouts_without_calls": float(built.num_without_calls),
         "tokens_of_batch": float(rows.weights.sum()),
-        "retokenized_tokens": float(retokenized_tokens(spans)),
     }
     if algorithm.skip_zero_advantage:
         chosen = np.flatnonzero(advantages_R != 0)
@@ -97,23 +96,10 @@ def lay_out(
     ]
 
 
-def _tokens_of_rollouts(built: AttemptRows, rollouts: int) -> Array:
-    """int64 [M]: tokens that each rollout's calls produced."""
-    attempt = built.attempt[built.rows.row_of_token]
-    return np.bincount(attempt, weights=built.rows.weights, minlength=rollouts).astype(np.int64)
-
-
-def _drop(built: AttemptRows, max_row_tokens: int) -> tuple[Array, dict[str, float]]:
-    """Indices of the rows that stay, and the counts of those that do not, by reason."""
-    rows = built.rows
-    trained = np.bincount(rows.row_of_token, weights=rows.weights, minlength=len(rows))
-    empty = trained == 0
-    overlong = ~empty & (rows.lengths > max_row_tokens)
-    return np.flatnonzero(~(empty | overlong)), {
-        "rows_dropped_empty": float(empty.sum()),
-        "rows_dropped_overlong": float(overlong.sum()),
-        "tokens_dropped_overlong": float(trained[overlong].sum()),
-    }
+def _tokens_of_rollouts(calls: Calls, rollouts: int) -> Array:
+    """int64 [M]: tokens of the policy that each rollout's calls produced."""
+    tokens = calls.responses * calls.trained
+    return np.bincount(calls.attempt, weights=tokens, minlength=rollouts).astype(np.int64)
 
 
 def _with_streams(rows: Rows, advantages_R: Array, scale: Array) -> Rows:

@@ -34,9 +34,10 @@ Of the update: loss, grad_norm (before clipping), lr, updates (their number; los
 clip_high_fraction, corrected_fraction (shares of the trained tokens), entropy (mean -log pi_old of the sampled tokens, nats).
 Learner against engine, on tokens made by the current version: tokens_current, max_logprob_diff (nats), engine_kl (mean k3, nats).
 max_token_age: weight versions between a token and this step. Counts: tokens_trained, tokens_forward (their context included),
-tokens_of_batch (of all kept rows), rows, rows_dropped_overlong, tokens_dropped_overlong, rows_dropped_empty, groups,
-zero_signal_groups, rollouts, rollouts_without_calls, calls, calls_failed, calls_greedy, branches,
-retokenized_tokens (of all calls).
+tokens_of_batch (of all kept rows), tokens_made (by all calls; what of them is not in tokens_of_batch is in tokens_dropped_failed, _greedy,
+_constrained, _overlong), tokens_merged (context tokens that calls share and rows therefore hold once), rows, rows_truncated,
+rows_dropped_overlong, rows_dropped_empty, groups, zero_signal_groups, rollouts, rollouts_without_calls, calls, calls_failed, calls_greedy,
+calls_constrained, branches, retokenized_tokens (of all calls).
 Seconds: seconds_read (spans from the store), seconds_layout (rows, packing), seconds_old_logprobs, seconds_forward_backward, seconds_optimizer,
 seconds_train (the last three and the rest of `train`).
 """

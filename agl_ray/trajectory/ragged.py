@@ -89,6 +89,13 @@ class Rows:
         more = {name: column[index] for name, column in self.columns.items()}
         return Rows(self.ids[index], self.lengths[rows], self.weights[index], more)
 
+    def head(self, most: int) -> Rows:
+        """The first `most` tokens of each row (all, where it has no more)."""
+        lengths = np.minimum(self.lengths, most)
+        index = ragged_arange(self.starts, lengths)
+        more = {name: column[index] for name, column in self.columns.items()}
+        return Rows(self.ids[index], lengths, self.weights[index], more)
+
 
 def _concatenate(rows: Sequence[Sequence[float] | Array], dtype: type) -> Array:
     if not rows:

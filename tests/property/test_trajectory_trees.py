@@ -9,6 +9,9 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from learner_data import call, table
 
+from agl_ray.config.trajectory import TrajectoryConfig
+from agl_ray.trajectory.overlong import fit
+from agl_ray.trajectory.ragged import Rows
 from agl_ray.trajectory.rows import build_rows
 
 ATTEMPTS = [("ro-1", "at-1"), ("ro-2", "at-2")]
@@ -92,3 +95,27 @@ def test_rows_against_the_calls_token_by_token(spans: list[dict[str, Any]]) -> N
         assert logprob == -float(token)
         expected = [v for start, v in span["weight_versions"] if start <= place][-1]
         assert version == expected
+
+
+@settings(deadline=None, max_examples=200)
+@given(call_trees(), st.integers(1, 30))
+def test_per_call_trains_the_same_tokens_in_longer_rows(
+    spans: list[dict[str, Any]], most: int
+) -> None:
+    merged = build_rows(table(spans), ATTEMPTS)
+    built = build_rows(table(spans), ATTEMPTS, TrajectoryConfig(rows="per-call"))
+    ends = np.cumsum(built.rows.lengths)[:-1]
+    texts = [part.tolist() for part in np.split(built.rows.ids, ends)] if len(built.rows) else []
+    assert texts == [sequence for sequence in sequences(spans).values() if sequence]
+    assert trained(built.rows) == trained(merged.rows)
+    assert merged.counts()["tokens_merged"] == len(built.rows.ids) - len(merged.rows.ids)
+    # A token has the same place in every row that holds it, so that cutting leaves the same ones, too.
+    cut = TrajectoryConfig(overlong="truncate")
+    assert trained(fit(built.rows, most, cut)[0]) == trained(fit(merged.rows, most, cut)[0])
+
+
+def trained(rows: Rows) -> list[tuple[float, ...]]:
+    """What is known of each token that counts, in the order of their ids."""
+    columns = (rows.columns[name] for name in sorted(rows.columns))
+    every = np.stack([rows.ids, rows.weights, *columns], axis=1)
+    return sorted(map(tuple, every[rows.weights > 0].tolist()))

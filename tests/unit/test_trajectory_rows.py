@@ -8,6 +8,7 @@ import numpy as np
 import pytest
 from learner_data import call, table
 
+from agl_ray.config.trajectory import TrajectoryConfig
 from agl_ray.trajectory.rows import AttemptRows, build_rows
 from agl_ray.types import RunError
 
@@ -15,8 +16,11 @@ ATTEMPT = ("ro-1", "at-1")
 OTHER = ("ro-2", "at-2")
 
 
-def rows_of(*spans: dict[str, Any]) -> AttemptRows:
-    return build_rows(table(spans), [ATTEMPT, OTHER])
+PER_CALL = TrajectoryConfig(rows="per-call")
+
+
+def rows_of(*spans: dict[str, Any], config: TrajectoryConfig | None = None) -> AttemptRows:
+    return build_rows(table(spans), [ATTEMPT, OTHER], config)
 
 
 def shown(built: AttemptRows) -> list[list[str]]:
@@ -93,7 +97,7 @@ def test_attempts_stay_apart_and_other_spans_are_passed_over() -> None:
     built = rows_of(call("a", [1], [2]), tool, call("a", [3], [4], attempt=OTHER))
     assert shown(built) == [["1", "2*"], ["3", "4*"]]
     assert built.attempt.tolist() == [0, 1]
-    assert built.num_calls == 2
+    assert built.counts()["calls"] == 2
 
 
 def test_a_failed_or_greedy_call_is_context_only() -> None:
@@ -105,14 +109,66 @@ def test_a_failed_or_greedy_call_is_context_only() -> None:
         call("c", [5], [6], attributes=cold),
     )
     assert shown(built) == [["1", "2", "3", "4*"], ["5", "6"]]
-    assert (built.num_failed_calls, built.num_greedy_calls) == (1, 1)
+    counts = built.counts()
+    assert (counts["calls_failed"], counts["calls_greedy"]) == (1, 1)
     assert built.rows.columns["temperature"].tolist() == [1, 1, 1, 0.5, 1, 1]
+
+
+def test_a_constrained_call_is_context_only_and_counted() -> None:
+    built = rows_of(
+        call("a", [1], [2, 3], attributes={"agl.constrained": "json", "agl.branch_reason": "x"}),
+        call("b", [4], [5], parent="a", shared=3),
+        call("c", [6], [7], attributes={"agl.constrained": "tool"}, status="ERROR"),
+    )
+    assert shown(built) == [["1", "2", "3", "4", "5*"], ["6", "7"]]
+    counts = built.counts()
+    assert (counts["calls_constrained"], counts["tokens_dropped_constrained"]) == (1, 2)
+    assert (counts["calls_failed"], counts["tokens_dropped_failed"]) == (1, 1)
+    assert counts["tokens_made"] == 4 == built.rows.weights.sum() + 3
+
+
+def test_per_call_is_a_row_for_every_call_with_its_whole_prompt() -> None:
+    spans = [
+        call("a", [1, 2], [3, 4]),
+        call("b", [5], [6, 7], parent="a", shared=4, versions=[(0, 1), (1, 2)]),
+        call("c", [8], [9], parent="a", shared=3),
+    ]
+    built = rows_of(*spans, config=PER_CALL)
+    assert shown(built) == [
+        ["1", "2", "3*", "4*"],
+        ["1", "2", "3", "4", "5", "6*", "7*"],
+        ["1", "2", "3", "8", "9*"],
+    ]
+    assert built.rows.columns["call"].tolist() == [
+        *(-1, -1, 0, 0),
+        *(-1, -1, 0, 0, -1, 1, 1),
+        *(-1, -1, 0, -1, 2),
+    ]
+    assert built.rows.columns["versions"].tolist()[9:11] == [1, 2]
+    assert built.counts()["tokens_merged"] == 0
+    assert rows_of(*spans).counts()["tokens_merged"] == 4
+
+
+def test_interleaved_agents_and_a_compacted_history_are_chains_of_one_tree() -> None:
+    built = rows_of(
+        call("a1", [1], [2], role="a"),
+        call("b1", [50], [51], role="b"),
+        call("a2", [3], [4], parent="a1", shared=2, role="a"),
+        call("b2", [52], [53], parent="b1", shared=2, role="b"),
+        call("a3", [1, 9], [10], role="a"),  # the history told again, shorter
+        call("a4", [11], [12], parent="a3", shared=3, role="a"),
+    )
+    assert shown(built) == [
+        ["1", "2*", "3", "4*"],
+        ["50", "51*", "52", "53*"],
+        ["1", "9", "10*", "11", "12*"],
+    ]
 
 
 def test_nothing_at_all() -> None:
     built = build_rows(table([]), [ATTEMPT, OTHER])
     assert len(built.rows) == 0
-    assert built.num_without_calls == 2
+    assert built.counts()["rollouts_without_calls"] == 2
 
 
 def test_a_response_at_the_very_start_is_not_predicted_by_anything() -> None:
