@@ -114,7 +114,7 @@ class _RayLines(io.TextIOBase):
         self.stream.flush()
 
     def isatty(self) -> bool:
-        return self.stream.isatty()
+        return not self.stream.closed and self.stream.isatty()
 
     def fileno(self) -> int:
         return self.stream.fileno()

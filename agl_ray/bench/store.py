@@ -53,7 +53,7 @@ def run_store(
     cache.mkdir(parents=True, exist_ok=True)
     numbers: Numbers = {}
     with tempfile.TemporaryDirectory(prefix="bench-store-", dir=cache.absolute()) as folder:
-        numbers["fsync_ms"] = _fsync_ms(Path(folder))
+        numbers["fsync_ms"] = fsync_ms(Path(folder))
         with local_ray():
             numbers |= asyncio.run(_with_ray(Path(folder), quick))
         if python is not None:
@@ -159,7 +159,7 @@ def _ratios(numbers: Numbers) -> Numbers:
     return ratios
 
 
-def _fsync_ms(folder: Path) -> float:
+def fsync_ms(folder: Path) -> float:
     """A write of 4 KiB with fsync, mean of 100: what the disk under the journals costs."""
     data = os.urandom(4096)
     with open(folder / "fsync", "wb", buffering=0) as file:

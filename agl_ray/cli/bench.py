@@ -84,6 +84,26 @@ def store(
     report(numbers, json_file, shown=False)
 
 
+@app.command()
+def gateway(
+    quick: Quick = False,
+    json_file: JsonFile = None,
+    cache: Annotated[
+        Path, typer.Option("--cache", help="Folder of the journal, on the disk that runs use.")
+    ] = Path(".cache"),
+) -> None:
+    """The gateway: what it adds to a call, calls per second, memory; rollouts per minute; without --quick against a bare vLLM too.
+
+    \b
+    Examples:
+      agl-ray bench gateway --quick
+      agl-ray bench gateway --json bench-gateway.json    # 100,000 calls, and vllm serve
+    """
+    from agl_ray.bench.gateway import run_gateway
+
+    report(run_gateway(quick=quick, cache=cache), json_file)
+
+
 def report(numbers: dict[str, Any], json_file: Path | None, *, shown: bool = True) -> None:
     """Print the numbers, one a line (`shown`), and write them to `json_file`."""
     wide = max(len(name) for name in numbers)
