@@ -19,6 +19,7 @@ from typing import Any
 
 import openai
 from gateway_fakes import END, save_model_folder
+from processes import descendants
 
 from agl_ray.config.models import RunConfig
 from agl_ray.gateway.engine_api import GenerateChunk, GenerateRequest, GenerateResult
@@ -231,10 +232,7 @@ async def _serve(pipe: Connection, folder: Path, gateway: dict[str, Any]) -> Non
 
 def _kill_replica(deployment: str) -> int:
     """kill -9 of the one replica of a deployment; its process id."""
-    import psutil
-
-    for process in psutil.Process().children(recursive=True):
-        if f"ServeReplica:gw:{deployment}" in " ".join(process.cmdline()):
-            process.kill()
-            return process.pid
+    for process in descendants(os.getpid(), f"ServeReplica:gw:{deployment}"):
+        process.kill()
+        return process.pid
     raise LookupError(f"no replica of {deployment}")

@@ -16,6 +16,7 @@ from pathlib import Path
 import psutil
 import pytest
 import ray
+from processes import descendants
 
 from tests.integration import tiny_model
 from tests.integration.test_engine_vllm import Served, assert_says
@@ -41,8 +42,7 @@ def served(ray_cluster: None, folders: list[Path]) -> Iterator[Served]:
 
 
 def engine_cores(replica: int) -> list[psutil.Process]:
-    children = psutil.Process(replica).children(recursive=True)
-    return [child for child in children if "EngineCore" in " ".join(child.cmdline())]
+    return list(descendants(replica, "EngineCore"))
 
 
 def gone(process: psutil.Process) -> bool:

@@ -17,6 +17,7 @@ from pathlib import Path
 from typing import Any
 
 import psutil
+from processes import command_line
 
 REPO = Path(__file__).resolve().parents[2]
 CHATTER = "agl_ray.bench.chatter"
@@ -115,17 +116,14 @@ class WholeRun:
         """SIGKILL one process of the run whose command line contains `title`; its pid."""
         self._remember()
         for process in self.family.values():
-            try:
-                if title in " ".join(process.cmdline()):
-                    process.send_signal(signal.SIGKILL)
-                    return process.pid
-            except psutil.NoSuchProcess:
-                continue
+            if title in command_line(process):
+                process.send_signal(signal.SIGKILL)
+                return process.pid
         raise AssertionError(f"no process {title!r} among {self.titles()}")
 
     def titles(self) -> list[str]:
         alive = [p for p in self.family.values() if p.is_running()]
-        return [" ".join(process.cmdline())[:60] for process in alive]
+        return [command_line(process)[:60] for process in alive]
 
     def left_over(self) -> list[psutil.Process]:
         """Processes of the run that are still there (given two seconds to leave)."""

@@ -11,8 +11,8 @@ import time
 from pathlib import Path
 from typing import Any
 
-import psutil
 import pytest
+from processes import descendants
 
 from tests.faults.whole_run import CONFIG, REPO
 from tests.integration.tiny_model import make
@@ -91,8 +91,7 @@ def test_a_job_trains_on_the_cluster_and_leaves_it_running(tmp_path: Path, scrat
         summary = json.loads((tmp_path / "runs" / "latest" / "summary.json").read_text())
         assert summary["updates"] == 2
         assert client.list_jobs()  # the cluster still answers
-        left = [p.cmdline() for p in psutil.Process(head.pid).children(recursive=True)]
-        assert not [words for words in left if "VLLM" in " ".join(words)]
+        assert not list(descendants(head.pid, "VLLM"))
     finally:
         head.terminate()
         head.wait(timeout=60)
