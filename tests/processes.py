@@ -21,3 +21,11 @@ def descendants(pid: int, title: str = "") -> Iterator[psutil.Process]:
         words = command_line(process)
         if words and title in words:
             yield process
+
+
+def ended(process: psutil.Process) -> bool:
+    """Whether it runs no more; a zombie that nobody has waited for does not."""
+    try:
+        return not process.is_running() or process.status() == psutil.STATUS_ZOMBIE
+    except psutil.NoSuchProcess:
+        return True

@@ -16,7 +16,7 @@ from pathlib import Path
 import psutil
 import pytest
 import ray
-from processes import descendants
+from processes import descendants, ended
 
 from tests.integration import tiny_model
 from tests.integration.test_engine_vllm import Served, assert_says
@@ -48,7 +48,7 @@ def engine_cores(replica: int) -> list[psutil.Process]:
 def gone(process: psutil.Process) -> bool:
     deadline = time.monotonic() + 30
     while time.monotonic() < deadline:
-        if not process.is_running() or process.status() == psutil.STATUS_ZOMBIE:
+        if ended(process):
             return True
         time.sleep(0.05)
     return False

@@ -17,7 +17,7 @@ from pathlib import Path
 from typing import Any
 
 import psutil
-from processes import command_line
+from processes import command_line, ended
 
 REPO = Path(__file__).resolve().parents[2]
 CHATTER = "agl_ray.bench.chatter"
@@ -128,7 +128,7 @@ class WholeRun:
     def left_over(self) -> list[psutil.Process]:
         """Processes of the run that are still there (given two seconds to leave)."""
         _, alive = psutil.wait_procs(list(self.family.values()), timeout=2)
-        return [process for process in alive if process.status() != psutil.STATUS_ZOMBIE]
+        return [process for process in alive if not ended(process)]
 
     def interrupt(self) -> None:
         self._remember()
