@@ -1,7 +1,7 @@
 """`agl-ray store VERB`: what a run's store holds, taken out, put back, cleared, served.
 
 RUN is a run folder, a run's name, `latest`, a store.db, or a URL (`sqlite:///path`, `postgresql://...`, `mongodb://...`). Reading verbs look
-at a living run's SQLite file beside its owner. Test alone: tests/unit/test_cli_store.py.
+at a living run's SQLite file or PostgreSQL database beside its owner, or ask the door of a running store (`http://host:port`). Test alone: tests/unit/test_cli_store.py.
 """
 
 from __future__ import annotations
@@ -34,6 +34,10 @@ Encryption = Annotated[
     str | None,
     typer.Option("--encryption", help="Of a URL: aes-gcm or fernet; keys in AGL_ENCRYPTION_KEYS."),
 ]
+READ = (
+    RUN[:-1] + "; or the door of a running store (http://host:port, its key in AGL_STORE_API_KEY)."
+)
+ReadRun = Annotated[str, typer.Argument(metavar="RUN", help=READ)]
 Json = Annotated[bool, typer.Option("--json", help="JSON instead of a table.")]
 
 
@@ -51,7 +55,7 @@ def _target(run: str, run_id: str | None, payload: str | None, encryption: str |
 @app.command()
 def ls(
     run: Annotated[
-        str | None, typer.Argument(metavar="[RUN]", help=RUN + " None: all runs.")
+        str | None, typer.Argument(metavar="[RUN]", help=READ + " None: all runs.")
     ] = None,
     status: Annotated[
         list[str] | None,
@@ -102,7 +106,7 @@ def show(
     rollout: Annotated[
         str, typer.Argument(metavar="ROLLOUT", help="Its id, or the beginning of it.")
     ],
-    run: Annotated[str, typer.Option("--run", metavar="RUN", help=RUN)] = "latest",
+    run: Annotated[str, typer.Option("--run", metavar="RUN", help=READ)] = "latest",
     as_json: Json = False,
     run_id: RunId = None,
     payload: Payload = None,
@@ -121,7 +125,7 @@ def show(
 
 @app.command()
 def export(
-    run: Run,
+    run: ReadRun,
     out: Annotated[Path, typer.Option("--out", metavar="DIR", help="A new or empty folder.")],
     run_id: RunId = None,
     payload: Payload = None,
@@ -129,7 +133,8 @@ def export(
 ) -> None:
     """Write a store as Parquet: rollouts, attempts, spans, resources, workers, state.
 
-    A living run is exported as it is at this moment. An encrypted store comes out in plain text.
+    A living run is exported as it is at this moment (through a door: page by page, while it goes on). An encrypted store comes out in plain
+    text.
 
     \b
     Examples:

@@ -15,7 +15,7 @@ from pathlib import Path
 from typing import NamedTuple
 
 from agl_ray.cli.store_target import Target, opened
-from agl_ray.store.archive import Archive
+from agl_ray.store.archive import Archive, JournalArchive
 from agl_ray.store.journals.marks import open_checked
 from agl_ray.store.journals.opening import open_journal
 from agl_ray.types import InputError, Rollout, RolloutStatus, StoreError
@@ -61,6 +61,10 @@ async def clear(target: Target, rule: Rule, dry_run: bool, vacuum: bool) -> Clea
         raise InputError(
             "store gc: say what may go: --older-than, --finished-before, --keep-steps, or several of them"
         )
+    if target.door:
+        raise InputError(
+            f"store gc {target.shown}: a store is cleared by its journal: name its run folder or URL"
+        )
     before = _size(target.file)
     if dry_run:
         async with opened(target) as archive:
@@ -76,7 +80,7 @@ async def clear(target: Target, rule: Rule, dry_run: bool, vacuum: bool) -> Clea
     except StoreError as error:
         raise InputError(str(error)) from error
     try:
-        found = [one async for one in _choose(Archive(journal, live), rule)]
+        found = [one async for one in _choose(JournalArchive(journal, live), rule)]
         ids = [rollout_id for rollout_id, _, _ in found]
         for start in range(0, len(ids), FORGET):
             await journal.forget(ids[start : start + FORGET])

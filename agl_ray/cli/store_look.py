@@ -61,7 +61,7 @@ async def _run(folder: Path, changed: float) -> Row:
         size, changed = _size(target.file)
         async with opened(target) as archive:
             counts = _counts(archive)
-        state = "alive" if target.alive else ""
+            state = "alive" if archive.alive else ""
         return row | counts | {"bytes": size, "last_change": changed, "state": state}
     except InputError as error:
         return row | {"state": str(error)}
@@ -118,7 +118,7 @@ async def list_rollouts(
 
 def _head(target: Target, archive: Archive) -> str:
     counts = ", ".join(f"{n} {name}" for name, n in sorted(archive.live.rollouts_by_status.items()))
-    alive = " (its run is alive; this is how it was a moment ago)" if target.alive else ""
+    alive = " (its run is alive; this is how it was a moment ago)" if archive.alive else ""
     return f"{target.shown}{alive}: {counts or 'no rollouts'}"
 
 

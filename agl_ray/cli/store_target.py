@@ -1,11 +1,10 @@
-"""Which store a person means: RUN as a run folder, a run's name, `latest`, a store.db, or a URL.
+"""Which store a person means: RUN as a run folder, a run's name, `latest`, a store.db, a URL, or the address of a running store's door.
 
 Called by the verbs of `agl_ray.cli.store`. Test alone: tests/unit/test_cli_store.py.
 """
 
 from __future__ import annotations
 
-import fcntl
 import json
 import os
 from collections.abc import AsyncIterator
@@ -14,13 +13,15 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any, NamedTuple
 
 from agl_ray.config.store_address import masked, store_url
-from agl_ray.types import InputError, StoreError
+from agl_ray.types import InputError, StoreError, WaitTimeout
 
 if TYPE_CHECKING:
     from agl_ray.store.archive import Archive
     from agl_ray.store.journals.settings import JournalSettings
 
 SQLITE = "sqlite:///"
+DOORS = ("http://", "https://")
+KEY_VARIABLE = "AGL_STORE_API_KEY"
 
 
 class Target(NamedTuple):
@@ -42,7 +43,14 @@ class Target(NamedTuple):
     @property
     def alive(self) -> bool:
         """Whether a process owns the SQLite file."""
+        from agl_ray.store.journals.sqlite_reading import is_owned
+
         return self.file is not None and is_owned(self.file)
+
+    @property
+    def door(self) -> bool:
+        """Whether it is the address of a running store."""
+        return self.url.startswith(DOORS)
 
 
 def target_of(
@@ -58,6 +66,9 @@ def target_of(
     url, section = _url_and_section(run)
     given = {"run_id": run_id, "payload": payload, "encryption": encryption}
     given = {name: value for name, value in given.items() if value is not None}
+    if given and url.startswith(DOORS):
+        name = "--" + next(iter(given)).replace("_", "-")
+        raise InputError(f"{name}: {url} is the door of a running store, which knows that itself")
     return Target(url, settings_of(**{**section, **given}))
 
 
@@ -96,30 +107,18 @@ def _url_and_section(run: str) -> tuple[str, dict[str, Any]]:
 
 @asynccontextmanager
 async def opened(target: Target) -> AsyncIterator[Archive]:
-    """The target for reading. What is wrong with it at the beginning is wrong input."""
+    """The target for reading. What is wrong with it at the beginning is wrong input. A door that asks for a key is shown AGL_STORE_API_KEY."""
     from agl_ray.store.archive import open_archive
 
-    opening = open_archive(target.url, target.settings)
+    key = os.environ.get(KEY_VARIABLE) or None
+    opening = open_archive(target.url, target.settings, api_key=key)
     try:
         archive = await opening.__aenter__()
     except StoreError as error:
         raise InputError(str(error)) from error
+    except WaitTimeout as error:
+        raise InputError(f"{target.shown}: no store answers there ({error})") from error
     try:
         yield archive
     finally:
         await opening.__aexit__(None, None, None)
-
-
-def is_owned(file: Path) -> bool:
-    """Whether a living store has this SQLite file (it holds the lock beside it)."""
-    try:
-        lock = os.open(file.with_name(file.name + "-lock"), os.O_RDONLY)
-    except OSError:
-        return False
-    try:
-        fcntl.flock(lock, fcntl.LOCK_SH | fcntl.LOCK_NB)
-        return False
-    except BlockingIOError:
-        return True
-    finally:
-        os.close(lock)

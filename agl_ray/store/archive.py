@@ -1,15 +1,17 @@
 """A store opened for reading alone, whether its run lives or not: what listing, showing and exporting stand on.
 
-What it is: `open_archive(url, settings)` gives an `Archive` over a journal. A SQLite file (payloads outside too) is read beside its
-owner, as it was at one moment. A database server is opened as its store, so a run that lives there is refused. Answers come in pieces of bounded size.
+What it is: `open_archive(url, settings)` gives an `Archive`. A SQLite file or a run in PostgreSQL (payloads outside, encrypted) is read
+beside its owner, as it was at one moment. A MongoDB is opened as its store, so a run that lives there is refused. A running store's
+HTTP door is asked as any client asks it (`archive_http`). Answers come in pieces of bounded size.
 Who calls it: `agl_ray.store.export`, `agl_ray.cli.store`. Test alone: tests/unit/test_store_archive.py.
 """
 
 from __future__ import annotations
 
+from abc import ABC, abstractmethod
 from collections.abc import AsyncIterator, Sequence
 from contextlib import asynccontextmanager
-from typing import Any, NamedTuple, cast
+from typing import Any, NamedTuple
 
 import numpy as np
 import pyarrow as pa
@@ -24,7 +26,7 @@ from agl_ray.store.journals.base import (
     SpanTotals,
 )
 from agl_ray.store.journals.marks import open_checked
-from agl_ray.store.journals.opening import open_journal
+from agl_ray.store.journals.opening import open_reading
 from agl_ray.store.journals.settings import JournalSettings
 from agl_ray.store.payload import join, table_of
 from agl_ray.store.rows import record_of
@@ -36,19 +38,67 @@ SPAN_BYTES = 16 * 2**20  # payloads read at once (one attempt at least)
 
 
 class Placed(NamedTuple):
-    """A rollout, its ordinal of creation, and its place in the queue (0: it does not wait)."""
+    """A rollout, its ordinal of creation (None: not known), and its place in the queue (0: it does not wait, or not known)."""
 
     rollout: Rollout
-    created: int
+    created: int | None
     position: int
 
 
-class Archive:
-    """One store's records. `live` has its counts."""
+class Archive(ABC):
+    """One store's records. `live` has its counts; `alive`: whether its run was alive when it was opened."""
 
-    def __init__(self, journal: Journal, live: Live) -> None:
+    live: Live
+    alive: bool
+
+    @abstractmethod
+    def rollouts(
+        self,
+        *,
+        status_in: Sequence[str] | None = None,
+        mode: str | None = None,
+        newest_first: bool = False,
+        most: int | None = None,
+    ) -> AsyncIterator[list[Placed]]:
+        """Pages of rollouts in order of creation; at most `most` rollouts."""
+
+    @abstractmethod
+    async def rollout(self, rollout_id: str) -> Rollout | None: ...
+
+    @abstractmethod
+    async def ids_like(self, start: str) -> list[str]:
+        """Ids of rollouts that start so."""
+
+    @abstractmethod
+    async def attempts(self, rollout_ids: Sequence[str]) -> list[Attempt]:
+        """All attempts of these rollouts, by rollout and sequence; `num_spans` is what the store holds."""
+
+    @abstractmethod
+    async def span_totals(self, rollout_ids: Sequence[str]) -> list[SpanTotals]:
+        """Of their attempts that have spans, in the given order of rollouts."""
+
+    @abstractmethod
+    def spans(self, totals: Sequence[SpanTotals]) -> AsyncIterator[pa.Table]:
+        """The spans of these attempts in the columns of `agl_ray.store.tables.SPANS`, in pieces of bounded size."""
+
+    @abstractmethod
+    def resources(self) -> AsyncIterator[list[tuple[ResourcesUpdate, int | None]]]:
+        """Pages of (snapshot, number of its update where that is known), the latest last."""
+
+    @abstractmethod
+    async def workers(self) -> list[Worker]: ...
+
+    @abstractmethod
+    def values(self) -> AsyncIterator[list[tuple[str, bytes]]]:
+        """Pages of named state."""
+
+
+class JournalArchive(Archive):
+    """The records of an opened journal."""
+
+    def __init__(self, journal: Journal, live: Live, alive: bool = False) -> None:
         self._journal = journal
-        self.live = live
+        self.live, self.alive = live, alive
 
     async def rollouts(
         self,
@@ -58,7 +108,6 @@ class Archive:
         newest_first: bool = False,
         most: int | None = None,
     ) -> AsyncIterator[list[Placed]]:
-        """Pages of rollouts in order of creation; at most `most` rollouts."""
         must = [] if status_in is None else [Condition("status", tuple(status_in))]
         must += [] if mode is None else [Condition("mode", (mode,))]
         query = Query("rollout", must=tuple(must), order_by="created", descending=newest_first)
@@ -85,11 +134,9 @@ class Archive:
         return record_of(rows[0], Rollout) if rows else None
 
     async def ids_like(self, start: str) -> list[str]:
-        """Ids of rollouts that start so."""
         return await self._journal.keys("rollout", start)
 
     async def attempts(self, rollout_ids: Sequence[str]) -> list[Attempt]:
-        """All attempts of these rollouts, by rollout and sequence; `num_spans` is what the journal holds."""
         held = {one.key: one.number for one in await self.span_totals(rollout_ids)}
         records = [record_of(row, Attempt) for row in await self._journal.attempts_of(rollout_ids)]
         return [
@@ -97,13 +144,11 @@ class Archive:
         ]
 
     async def span_totals(self, rollout_ids: Sequence[str]) -> list[SpanTotals]:
-        """Of their attempts that have spans, in the given order of rollouts."""
         place = {rollout_id: i for i, rollout_id in enumerate(rollout_ids)}
         totals = await self._journal.span_totals(rollout_ids)
         return sorted(totals, key=lambda one: (place[one.key[0]], one.last))
 
     async def spans(self, totals: Sequence[SpanTotals]) -> AsyncIterator[pa.Table]:
-        """The spans of these attempts in the columns of `agl_ray.store.tables.SPANS`, in pieces of about `SPAN_BYTES`."""
         keys: list[AttemptKey] = []
         size = 0
         for one in totals:
@@ -115,16 +160,14 @@ class Archive:
         if keys:
             yield span_table(await self._journal.payloads(keys))
 
-    async def resources(self) -> AsyncIterator[list[tuple[ResourcesUpdate, int]]]:
-        """Pages of (snapshot, number of its update), the latest last."""
+    async def resources(self) -> AsyncIterator[list[tuple[ResourcesUpdate, int | None]]]:
         async for rows in self._pages(Query("resources", order_by="position")):
             yield [(record_of(row, ResourcesUpdate), row.position) for row in rows]
 
-    def workers(self) -> list[Worker]:
+    async def workers(self) -> list[Worker]:
         return [record_of(row, Worker) for row in self.live.workers]
 
     async def values(self) -> AsyncIterator[list[tuple[str, bytes]]]:
-        """Pages of named state."""
         keys = await self._journal.keys("state", "")
         for start in range(0, len(keys), PAGE):
             rows = await self._journal.rows("state", keys[start : start + PAGE])
@@ -141,37 +184,24 @@ def span_table(rows: Sequence[SpanRow]) -> pa.Table:
 
 
 @asynccontextmanager
-async def open_archive(url: str, settings: JournalSettings | None = None) -> AsyncIterator[Archive]:
-    """The store at `url` for reading. InputError for `memory://` and for addresses of servers; StoreError says what is wrong with
-    the journal."""
-    journal = reading_journal(url, settings or JournalSettings())
-    live = await open_checked(journal, must_exist=True)
-    try:
-        yield Archive(journal, live)
-    finally:
-        await journal.close()
+async def open_archive(
+    url: str, settings: JournalSettings | None = None, *, api_key: str | None = None
+) -> AsyncIterator[Archive]:
+    """The store at `url` for reading; `http://host:port` is the door of a running one, which may ask for `api_key`. InputError for `memory://` and for
+    addresses that are none; StoreError says what is wrong with the journal; WaitTimeout: no store answers at that door."""
+    if url.startswith(("http://", "https://")):
+        from agl_ray.store.archive_http import open_door
 
-
-def reading_journal(url: str, settings: JournalSettings) -> Journal:
-    """The journal at `url`, not opened yet. A SQLite file can be read beside its owner, unless it is encrypted and has payloads outside:
-    the two together write as they open."""
+        async with open_door(url, api_key) as door:
+            yield door
+        return
     if url == "memory://":
         raise InputError(
             "store memory://: it lives in its own process alone; there is nothing to read"
         )
-    both = settings.payload != "journal" and settings.encryption != "off"
-    if not url.startswith("sqlite:///") or both:
-        return open_journal(url, settings)
-    from agl_ray.store.journals.sqlite_reading import SqliteReading
-
-    journal: Any = SqliteReading(url.removeprefix("sqlite:///"))
-    if settings.payload != "journal":
-        from agl_ray.store.journals.outside import Outside
-
-        journal = Outside(journal, settings.payload, reading=True)
-    if settings.encryption != "off":
-        from agl_ray.store.journals.encrypted import Encrypted
-        from agl_ray.store.journals.opening import _keys
-
-        journal = Encrypted(journal, settings.encryption, _keys(settings.encryption))
-    return cast(Journal, journal)
+    journal, inner = open_reading(url, settings)
+    live = await open_checked(journal, must_exist=True)
+    try:
+        yield JournalArchive(journal, live, inner is not None and inner.alive)
+    finally:
+        await journal.close()

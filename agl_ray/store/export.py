@@ -135,7 +135,7 @@ async def _rest(archive: Archive, folder: Path) -> dict[str, int]:
     ):
         async for updates in archive.resources():
             resources.add(RESOURCES.table(updates))
-        workers.add(WORKERS.table((one,) for one in archive.workers()))
+        workers.add(WORKERS.table((one,) for one in await archive.workers()))
         async for values in archive.values():
             keys, bodies = zip(*values, strict=True)
             state.add(pa.table({"key": keys, "value": bodies}, schema=STATE))

@@ -123,12 +123,16 @@ class StoreQueries(StoreCaller):
 
     async def _latest_of(self, rollout_ids: Sequence[str]) -> dict[str, Attempt]:
         """By rollout its latest attempt."""
-        latest: dict[str, Attempt] = {}
+        return {one.rollout_id: one for one in await self.attempts_of(rollout_ids)}
+
+    async def attempts_of(self, rollout_ids: Sequence[str]) -> list[Attempt]:
+        """All attempts of these rollouts, those of a rollout in order; unknown rollouts have none."""
+        found: list[Attempt] = []
         for start in range(0, len(rollout_ids), IDS_AT_ONCE):
             some = tuple(rollout_ids[start : start + IDS_AT_ONCE])
             query = Query("attempt", must=(Condition("rollout_id", some),), order_by="position")
-            latest |= {one.rollout_id: one for one in (await self._call("find_attempts", query))[0]}
-        return latest
+            found += (await self._call("find_attempts", query))[0]
+        return found
 
     async def get_attempt(self, rollout_id: str, attempt_id: str) -> Attempt:
         """NotFound where it is unknown; `attempt_id` may be `latest`."""

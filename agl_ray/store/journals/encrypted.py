@@ -44,10 +44,14 @@ LARGE_BYTES = 2**20  # from here on a thread does it: the event loop would stand
 class Encrypted:
     """`journal`, encrypted. keys: of AGL_ENCRYPTION_KEYS, newest first; a bad one is a ConfigError that names its place.
 
-    Whoever owns it opens and closes only this one, not the journal inside."""
+    Whoever owns it opens and closes only this one, not the journal inside. reading: over a journal that is opened for reading alone; no
+    data key is made."""
 
-    def __init__(self, journal: Journal, algorithm: Algorithm, keys: Sequence[str]) -> None:
+    def __init__(
+        self, journal: Journal, algorithm: Algorithm, keys: Sequence[str], *, reading: bool = False
+    ) -> None:
         self._inner = journal
+        self._reading = reading
         self._master = FieldCipher(algorithm, keys, KEYS_VARIABLE)
         self._data: FieldCipher | None = None
         self._keys: list[str] = []  # data keys, newest first
@@ -70,7 +74,10 @@ class Encrypted:
                 "start a new journal (nothing is encrypted afterwards)"
             )
         self._keys = [] if mark is None else self._opened_keys(mark.body)
-        await self._inner.write([self._new_data_key()], [])
+        if not self._reading:
+            await self._inner.write([self._new_data_key()], [])
+        elif self._keys:  # none: the store has not written anything yet
+            self._data = self._cipher_of(self._keys)
         return live._replace(
             open_attempts=self._shown(live.open_attempts),
             workers=self._shown(live.workers),
@@ -96,7 +103,7 @@ class Encrypted:
     def _new_data_key(self) -> Row:
         """Seal what comes from now on with a new key; the row that keeps it must be written first, or with it."""
         self._keys.insert(0, FieldCipher.new_key())
-        self._data = FieldCipher(self._master.algorithm, self._keys, "the journal's data keys")
+        self._data = self._cipher_of(self._keys)
         self._num_values = 0
         sealed = [
             self._master.encrypt(key.encode(), "store journal", "data key") for key in self._keys
@@ -106,6 +113,9 @@ class Encrypted:
             "keys": [base64.b64encode(key).decode() for key in sealed],
         }
         return Row("meta", ENCRYPTION, 0, (), json.dumps(body).encode())
+
+    def _cipher_of(self, keys: Sequence[str]) -> FieldCipher:
+        return FieldCipher(self._master.algorithm, keys, "the journal's data keys")
 
     # Values.
 

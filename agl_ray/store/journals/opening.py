@@ -37,6 +37,28 @@ def open_journal(url: str, settings: JournalSettings | None = None) -> Journal:
     return journal
 
 
+def open_reading(url: str, settings: JournalSettings | None = None) -> tuple[Journal, Any]:
+    """(a journal that reads what is at `url` beside a living store of the run and changes nothing, the part of it that knows once it is open
+    whether there is one: its `alive`). Where that is not possible (MongoDB): (`open_journal`, None). Nothing is opened yet; errors
+    as in `open_journal`."""
+    settings = settings or JournalSettings()
+    scheme = url.partition("://")[0]
+    if url.startswith("sqlite:///"):
+        path = url.removeprefix("sqlite:///")
+        inner = _part("sqlite_reading").SqliteReading(path)
+    elif DATABASES.get(scheme) == "postgres":
+        inner = _part("postgres_reading").PostgresReading(url, settings.run_id, settings.pool)
+    else:
+        return open_journal(url, settings), None
+    journal: Journal = inner
+    if settings.payload != "journal":
+        journal = _part("outside").Outside(journal, settings.payload, reading=True)
+    if settings.encryption != "off":
+        keys = _keys(settings.encryption)
+        journal = _part("encrypted").Encrypted(journal, settings.encryption, keys, reading=True)
+    return journal, inner
+
+
 def _bare(url: str, settings: JournalSettings) -> Journal:
     scheme = url.partition("://")[0]
     if url == "memory://":

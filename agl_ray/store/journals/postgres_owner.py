@@ -168,12 +168,9 @@ class Ownership:
 
     async def _end_ghost(self) -> None:
         """End our old backend if it, and no other, still holds the lock."""
-        key = lock_key(self._run_id) & (2**64 - 1)
-        ghost = sa.text(
-            "SELECT pg_terminate_backend(pid) FROM pg_locks WHERE locktype = 'advisory' AND granted AND pid = :pid "
-            "AND classid::bigint = :high AND objid::bigint = :low AND objsubid = 1"
-        ).bindparams(pid=self._backend, high=key >> 32, low=key & (2**32 - 1))
-        await self._opened().execute(ghost)
+        ghost = sa.text(f"SELECT pg_terminate_backend(pid) {_HELD} AND pid = :pid")
+        values = {"pid": self._backend, **_halves(self._run_id)}
+        await self._opened().execute(ghost.bindparams(**values))
 
     def _opened(self) -> AsyncConnection:
         if self._connection is None:
@@ -204,6 +201,24 @@ def lock_key(run_id: str) -> int:
     """64 bits, signed, of a run's advisory lock."""
     digest = hashlib.blake2b(f"agl_ray/{run_id}".encode(errors="surrogatepass"), digest_size=8)
     return int.from_bytes(digest.digest(), "big", signed=True)
+
+
+_HELD = (
+    "FROM pg_locks WHERE locktype = 'advisory' AND granted AND classid::bigint = :high AND objid::bigint = :low AND objsubid = 1 "
+    "AND database = (SELECT oid FROM pg_database WHERE datname = current_database())"
+)
+"""Who holds a run's lock, as part of a statement over `_halves` of the run."""
+
+
+def _halves(run_id: str) -> dict[str, int]:
+    key = lock_key(run_id) & (2**64 - 1)
+    return {"high": key >> 32, "low": key & (2**32 - 1)}
+
+
+async def is_locked(connection: AsyncConnection, run_id: str) -> bool:
+    """Whether a living store owns the run."""
+    held = sa.text(f"SELECT EXISTS (SELECT 1 {_HELD})").bindparams(**_halves(run_id))
+    return bool((await connection.execute(held)).scalar_one())
 
 
 def _set_timeout(seconds: float) -> sa.TextClause:

@@ -9,7 +9,7 @@ from pathlib import Path
 from typing import Any
 
 import sqlalchemy as sa
-from sqlalchemy.ext.asyncio import AsyncEngine
+from sqlalchemy.ext.asyncio import AsyncConnection, AsyncEngine
 
 from agl_ray.store.journals.postgres_schema import HEAD, VERSION_TABLE
 from agl_ray.types import StoreError
@@ -51,20 +51,20 @@ def connect_arguments(url: sa.URL, run_id: str) -> dict[str, Any]:
 async def migrate(engine: AsyncEngine, name: str) -> None:
     """Make the tables, or bring them up to this agl_ray; one run at a time does it. StoreError where they are newer."""
     async with engine.connect() as connection:
-        if await _version(connection) == HEAD:
-            return
+        async with connection.begin():
+            if await version_of(connection) == HEAD:
+                return
         async with connection.begin():
             await connection.execute(sa.select(sa.func.pg_advisory_xact_lock(MIGRATION_LOCK)))
             await connection.run_sync(_upgrade, name)
 
 
-async def _version(connection: Any) -> str | None:
-    """Of the tables that are there; None: none are."""
-    async with connection.begin():
-        there = sa.select(sa.func.to_regclass(VERSION_TABLE).isnot(None))
-        if not (await connection.execute(there)).scalar_one():
-            return None
-        return (await connection.execute(_HEAD_SQL)).scalar_one_or_none()
+async def version_of(connection: AsyncConnection) -> str | None:
+    """Of the tables that are there; None: none are. Within a transaction of the caller's."""
+    there = sa.select(sa.func.to_regclass(VERSION_TABLE).isnot(None))
+    if not (await connection.execute(there)).scalar_one():
+        return None
+    return (await connection.execute(_HEAD_SQL)).scalar_one_or_none()
 
 
 def _upgrade(connection: sa.Connection, name: str) -> None:

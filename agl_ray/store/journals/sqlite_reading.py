@@ -8,6 +8,8 @@ Who calls it: `agl_ray.store.archive`. Test alone: tests/unit/test_store_archive
 from __future__ import annotations
 
 import asyncio
+import fcntl
+import os
 import sqlite3
 from collections.abc import Sequence
 from pathlib import Path
@@ -22,7 +24,9 @@ from agl_ray.types import StoreError
 
 
 class SqliteReading(SqliteJournal):
-    """`path` must exist; nothing is made, locked or changed."""
+    """`path` must exist; nothing is made, locked or changed. `alive`: whether a store owned it when this was opened."""
+
+    alive = False
 
     async def open(self, *, must_exist: bool = False) -> Live:
         del must_exist  # a reader always expects its file
@@ -32,6 +36,7 @@ class SqliteReading(SqliteJournal):
         with self._explained("open"):
             if not self.path.is_file():
                 raise StoreError(f"store journal {self.path}: there is no such file")
+            self.alive = is_owned(self.path)
             self._reader = self._beside()
             self._reader.execute("BEGIN")  # of one moment, from the first question on
             starts = self._same_schema(self._reader)
@@ -72,9 +77,22 @@ class SqliteReading(SqliteJournal):
     async def write(
         self, rows: Sequence[Row], spans: Sequence[SpanRow], events: Sequence[EventRow] = ()
     ) -> None:
-        """An encrypting journal makes a key for what it is going to write (a `meta` row): here nothing will be. All else is refused."""
-        if spans or events or any(row.kind != "meta" for row in rows):
-            raise StoreError(f"store journal {self.path}: it was opened for reading alone")
+        raise StoreError(f"store journal {self.path}: it was opened for reading alone")
+
+
+def is_owned(file: Path) -> bool:
+    """Whether a living store has this SQLite file (it holds the lock beside it)."""
+    try:
+        lock = os.open(file.with_name(file.name + "-lock"), os.O_RDONLY)
+    except OSError:
+        return False
+    try:
+        fcntl.flock(lock, fcntl.LOCK_SH | fcntl.LOCK_NB)
+        return False
+    except BlockingIOError:
+        return True
+    finally:
+        os.close(lock)
 
 
 def _wal_of(path: Path) -> Path:
