@@ -18,10 +18,11 @@ from typing import Any
 
 from agl_ray.agents import LitAgent, Outcome, as_agent, run_agent
 from agl_ray.config.imports import load_object
-from agl_ray.spans import KIND_REWARD, span_batch
+from agl_ray.config.tracing import TracingConfig
+from agl_ray.spans import KIND_REWARD
 from agl_ray.store import LightningStore
-from agl_ray.tracing import SpanRecorder
-from agl_ray.types import AttemptedRollout, EndReason, NamedResources
+from agl_ray.tracing import SpanRecorder, SpanSender, follow, instrument
+from agl_ray.types import LLM, AttemptedRollout, EndReason, NamedResources
 from agl_ray.waits import wait
 
 LEASE_POLL = 5.0  # seconds of one blocking dequeue
@@ -34,7 +35,8 @@ class Runner:
     """Runs attempts of one agent, up to `concurrency` at once.
 
     agent: a LitAgent (pickled), or its import string, resolved against `base`. timeout_seconds: deadline of an attempt
-    whose rollout names none. lease_seconds: how long the store waits for a sign of life.
+    whose rollout names none. lease_seconds: how long the store waits for a sign of life. otlp: the store's door is open beside
+    the gateway, for spans of programs that the agent starts.
     """
 
     def __init__(
@@ -47,9 +49,14 @@ class Runner:
         concurrency: int,
         timeout_seconds: float,
         lease_seconds: float,
+        tracing: TracingConfig,
+        otlp: bool,
     ) -> None:
         self.worker_id, self.store = worker_id, store
+        instrument(tracing.instrument)
         self.agent = as_agent(load_object(agent, Path(base)) if isinstance(agent, str) else agent)
+        follow()
+        self.otlp = otlp
         self.concurrency = concurrency
         self.timeout_seconds, self.lease_seconds = timeout_seconds, lease_seconds
         self._open: dict[asyncio.Task[None], AttemptedRollout] = {}
@@ -118,7 +125,9 @@ class Runner:
         return None if update is None else dict(update.resources)
 
     async def _attempt(self, attempt: AttemptedRollout, resources: NamedResources | None) -> None:
-        recorder = SpanRecorder(attempt.rollout_id, attempt.attempt_id)
+        endpoint = _otlp_endpoint(resources or {}) if self.otlp else None
+        recorder = SpanRecorder(attempt.rollout_id, attempt.attempt_id, otlp_endpoint=endpoint)
+        sender = SpanSender(self.store, recorder)
         limit = attempt.rollout.config.timeout_seconds or self.timeout_seconds
         if resources is None:
             missing = f"resources {attempt.rollout.resources_id!r} are not in the store"
@@ -128,10 +137,14 @@ class Runner:
                 outcome = await run_agent(self.agent, attempt, resources, recorder, limit)
             except asyncio.CancelledError:
                 outcome = Outcome(reason=EndReason.CANCELLED, error="the runner was stopped")
-        await self._end(attempt, outcome, recorder)
+        await self._end(attempt, outcome, recorder, sender)
 
     async def _end(
-        self, attempt: AttemptedRollout, outcome: Outcome, recorder: SpanRecorder
+        self,
+        attempt: AttemptedRollout,
+        outcome: Outcome,
+        recorder: SpanRecorder,
+        sender: SpanSender,
     ) -> None:
         """Flush the spans, then end the attempt: the end is acknowledged only after its spans are."""
         if outcome.reason is EndReason.OK and recorder.last_reward() != outcome.reward:
@@ -141,20 +154,17 @@ class Runner:
                 reward=outcome.reward,
                 reward_dimension="primary",
             )
-        rows = recorder.take()
-        if rows:
-            await self.store.add_spans(
-                attempt.rollout_id,
-                attempt.attempt_id,
-                span_batch(rows),
-                batch_id=f"{attempt.attempt_id}-end",
-            )
+        await sender.close()
+        lost = recorder.why_lost()
+        if lost is not None and outcome.reason is EndReason.OK:
+            outcome = Outcome(reason=EndReason.LOST, error=lost)
         await self.store.end_attempt(
             attempt.rollout_id,
             attempt.attempt_id,
             outcome.reason,
             reward=outcome.reward,
             error=outcome.error,
+            expected_spans=recorder.num_spans,
         )
         self._finished += 1
 
@@ -180,6 +190,12 @@ class Runner:
                 on=f"{len(tasks)} open attempts of {self.worker_id} to end",
                 seconds=CLOSE + 1,
             )
+
+
+def _otlp_endpoint(resources: NamedResources) -> str | None:
+    """The store's OTLP door, which is beside the gateway."""
+    gateways = (one for one in resources.values() if isinstance(one, LLM) and one.gateway)
+    return next((f"{one.endpoint.rstrip('/')}/v1/traces" for one in gateways), None)
 
 
 def runner_options(worker_id: str, num_cpus: float) -> dict[str, Any]:

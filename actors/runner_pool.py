@@ -101,6 +101,8 @@ class RunnerPool:
                 concurrency=runners.concurrency,
                 timeout_seconds=self.config.rollout.timeout_seconds,
                 lease_seconds=runners.lease_seconds,
+                tracing=self.config.tracing,
+                otlp=self.config.store.door,
             )
         )
 

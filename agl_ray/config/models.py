@@ -13,6 +13,7 @@ from pydantic import Field, model_validator
 
 from agl_ray.config.algorithm import AlgorithmConfig
 from agl_ray.config.section import Fraction, NonNegative, Positive, PositiveFloat, Section
+from agl_ray.config.tracing import TracingConfig
 from agl_ray.config.trajectory import TrajectoryConfig
 
 
@@ -234,6 +235,7 @@ class RunConfig(Section):
     rollout: RolloutSection = RolloutSection()
     validation: ValidationConfig = ValidationConfig()
     runners: RunnersConfig = RunnersConfig()
+    tracing: TracingConfig = TracingConfig()
     engine: EngineConfig = EngineConfig()
     gateway: GatewayConfig = GatewayConfig()
     trajectory: TrajectoryConfig = TrajectoryConfig()

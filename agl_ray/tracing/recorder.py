@@ -10,10 +10,12 @@ Who calls it: emitters, `operation`, the OpenTelemetry processor (sdk.py), the r
 
 from __future__ import annotations
 
+import logging
 import os
 import secrets
 import threading
 import time
+import weakref
 from collections import Counter
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
@@ -29,6 +31,10 @@ from agl_ray.spans import new_span_id
 MANY = 256  # rows waiting at which the owner is asked to fetch them
 MOST = 16_384  # rows waiting at which further ones are lost: an agent that makes spans without end must not fill the memory
 _KEY = otel_context.create_key("agl_ray.recorder")
+_traces: weakref.WeakValueDictionary[int, SpanRecorder] = weakref.WeakValueDictionary()
+_traces_lock = threading.Lock()
+
+log = logging.getLogger("agl_ray.tracing")
 
 
 class SpanRecorder:
@@ -56,6 +62,18 @@ class SpanRecorder:
         self._unfinished: dict[int, Callable[[], dict[str, Any]]] = {}
         self._lock = threading.Lock()
         self._process = os.getpid()
+        self.join(self.root.trace_id)
+
+    def join(self, trace_id: int) -> None:
+        """The spans of this trace are the attempt's."""
+        if _traces.get(trace_id) is not self:
+            with _traces_lock:
+                _traces[trace_id] = self
+
+    @property
+    def waiting(self) -> int:
+        """Rows that wait to be taken."""
+        return len(self._rows)
 
     @property
     def num_spans(self) -> int:
@@ -102,7 +120,7 @@ class SpanRecorder:
             )
         with self._lock:
             if self.closed:
-                self.late += 1
+                self._come_late(row["name"])
                 raise RuntimeError(
                     f"{row['name']}: attempt {self.attempt_id} has ended; what its threads and tasks say now is not part of it"
                 )
@@ -123,16 +141,24 @@ class SpanRecorder:
         if row.get("reward") is not None and row.get("reward_target") is None:
             self._last_reward = row["reward"]
 
+    def why_lost(self) -> str | None:
+        """A sentence for people where spans were lost, else None."""
+        if not self.lost:
+            return None
+        reasons = "; ".join(f"{reason} ({number})" for reason, number in self.lost.most_common(3))
+        return f"{self.lost.total()} of the attempt's {self.num_spans} spans were lost: {reasons}"
+
     def lose(self, reason: str, number: int = 1) -> None:
         """Count spans that cannot be kept."""
         with self._lock:
             self.lost[reason] += number
 
     def began(self, span_id: int, unfinished: Callable[[], dict[str, Any]]) -> bool:
-        """A span has begun; `unfinished` makes its row where it does not finish before the attempt ends. False after the end."""
+        """A span has begun; `unfinished` makes its row where it does not finish before the attempt ends. False where nobody will
+        fetch it: after the end, or in a forked copy of the agent's process."""
         with self._lock:
-            if self.closed:
-                self.late += 1
+            if self.closed or not self.is_own_process():
+                self._come_late(f"{span_id:016x}")
                 return False
             self._unfinished[span_id] = unfinished
             return True
@@ -147,6 +173,16 @@ class SpanRecorder:
             else:
                 self._keep(row)
         self._wake()
+
+    def _come_late(self, what: str) -> None:
+        self.late += 1
+        if self.late == 1:
+            log.warning(
+                "attempt %s: span %s is not recorded: it began after the end of the attempt, or in a forked copy of its process; "
+                "so may further ones",
+                self.attempt_id,
+                what,
+            )
 
     def take(self) -> list[dict[str, Any]]:
         """All rows recorded since the last call."""
@@ -191,6 +227,11 @@ def recorder_here(given: Context | None = None) -> SpanRecorder | None:
     """The recorder in `given`, or in the context of here; None outside of a rollout."""
     found = otel_context.get_value(_KEY, given)
     return found if isinstance(found, SpanRecorder) else None
+
+
+def recorder_of_trace(trace_id: int) -> SpanRecorder | None:
+    """The recorder that a trace belongs to, closed ones included while somebody holds them."""
+    return _traces.get(trace_id)
 
 
 def current_recorder() -> SpanRecorder:

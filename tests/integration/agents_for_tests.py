@@ -4,6 +4,9 @@ from __future__ import annotations
 
 import asyncio
 import os
+import threading
+import time
+from concurrent.futures import ThreadPoolExecutor
 from typing import Any
 
 import agl_ray as agl
@@ -34,3 +37,38 @@ async def raises(task: dict[str, Any]) -> float:
 @agl.rollout
 async def not_a_number(task: dict[str, Any]) -> float:
     return float("nan")
+
+
+@agl.rollout
+async def traced(task: dict[str, Any], ctx: agl.RolloutContext) -> float:
+    """Makes the spans that `task["spans"]` counts with OpenTelemetry's SDK, in tasks, threads and pools, all named after the row."""
+    from opentelemetry import trace
+
+    tracer = trace.get_tracer("a library")
+    name = str(task["row"])
+
+    def step(where: str) -> None:
+        with tracer.start_as_current_span(where, attributes={"row": name}):
+            time.sleep(0.001)
+
+    async def task_step() -> None:
+        with tracer.start_as_current_span("task", attributes={"row": name}):
+            await asyncio.sleep(0.005)
+            await asyncio.to_thread(step, "to_thread")
+
+    with tracer.start_as_current_span("agent", attributes={"row": name}):
+        thread = threading.Thread(target=step, args=("thread",))
+        thread.start()
+        loop = asyncio.get_running_loop()
+        pooled = [loop.run_in_executor(SHARED_POOL, step, "pool") for _ in range(3)]
+        await asyncio.gather(*(task_step() for _ in range(3)), *pooled)
+        await asyncio.to_thread(thread.join)
+    agl.emit_reward(float(task["row"]))
+    tracer.start_span("left open", attributes={"row": name})
+    if task.get("spoil"):
+        with tracer.start_as_current_span("spoiled") as span:
+            span.set_attribute("agentlightning.reward.0.value", "high")
+    return float(task["row"])
+
+
+SHARED_POOL = ThreadPoolExecutor(2)

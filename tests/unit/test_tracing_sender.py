@@ -1,0 +1,82 @@
+"""From recorder to store: many spans travel while the attempt runs, and what the store refuses is counted."""
+
+from __future__ import annotations
+
+import asyncio
+import threading
+from collections.abc import Awaitable, Callable
+from typing import Any
+
+import pytest
+
+from agl_ray.store import LightningStore, StoreCore
+from agl_ray.tracing import SpanRecorder, SpanSender
+from agl_ray.tracing.recorder import MANY
+from agl_ray.types import EndReason
+
+
+def with_store(scenario: Callable[[LightningStore, StoreCore], Awaitable[Any]]) -> None:
+    async def main() -> None:
+        core = await StoreCore.open("memory://")
+        try:
+            await scenario(LightningStore.local(core), core)
+        finally:
+            await core.close()
+
+    asyncio.run(main())
+
+
+def test_many_spans_are_sent_while_threads_make_more() -> None:
+    async def scenario(store: LightningStore, core: StoreCore) -> None:
+        begun = await store.start_rollout({})
+        key = begun.rollout_id, begun.attempt_id
+        recorder = SpanRecorder(*key)
+        sender = SpanSender(store, recorder)
+
+        def work() -> None:
+            for _ in range(MANY):
+                recorder.add(name="n", kind="span")
+
+        threads = [threading.Thread(target=work) for _ in range(8)]
+        for thread in threads:
+            thread.start()
+        for thread in threads:
+            await asyncio.to_thread(thread.join)
+        await asyncio.sleep(0)
+        sent_before = 8 * MANY - recorder.waiting
+        await sender.close()
+        assert sent_before >= MANY
+        ended = await store.end_attempt(
+            *key, EndReason.OK, reward=1.0, expected_spans=recorder.num_spans
+        )
+        assert (ended.num_spans, ended.end_reason) == (8 * MANY, EndReason.OK)
+        assert recorder.why_lost() is None
+
+    with_store(scenario)
+
+
+def test_what_the_store_refuses_is_lost_and_counted() -> None:
+    async def scenario(store: LightningStore, core: StoreCore) -> None:
+        recorder = SpanRecorder("ro-unknown", "at-unknown")
+        sender = SpanSender(store, recorder)
+        for _ in range(MANY):
+            recorder.add(name="n", kind="span")
+        for _ in range(3):  # until the sender has taken them
+            await asyncio.sleep(0)
+        assert recorder.waiting == 0
+        await sender.close()
+        assert recorder.lost.total() == MANY
+        assert "NotFound" in (recorder.why_lost() or "")
+
+    with_store(scenario)
+
+
+def test_a_store_that_is_gone_raises_at_the_end() -> None:
+    async def scenario(store: LightningStore, core: StoreCore) -> None:
+        recorder = SpanRecorder("ro-unknown", "at-unknown")
+        sender = SpanSender(store, recorder)
+        recorder.add(name="n", kind="span")
+        with pytest.raises(Exception, match="ro-unknown"):
+            await sender.close()
+
+    with_store(scenario)
