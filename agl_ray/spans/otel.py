@@ -62,6 +62,7 @@ RESPONSE_TOKENS = (
     "llm.token_count.completion",
 )
 FINISH_REASONS = "gen_ai.response.finish_reasons"
+FINISH_REASON = "llm.finish_reason"
 
 _IDS = {
     "rollout_id": (ROLLOUT_ID, "agl.rollout_id"),
@@ -131,10 +132,10 @@ def row_of(
 def _model_call(attributes: Mapping[str, Any]) -> dict[str, Any]:
     """Columns of a model call, from the `gen_ai.*` attributes that fit."""
     models = (attributes.get(key) for key in MODEL)
-    reasons = attributes.get(FINISH_REASONS)
+    reasons = [*_list(attributes.get(FINISH_REASONS)), attributes.get(FINISH_REASON)]
     columns = {
         "model": next((one for one in models if isinstance(one, str)), None),
-        "finish_reason": next((one for one in _list(reasons) if isinstance(one, str)), None),
+        "finish_reason": next((one for one in reasons if isinstance(one, str)), None),
         "prompt_tokens": _count(attributes, PROMPT_TOKENS),
         "response_tokens": _count(attributes, RESPONSE_TOKENS),
     }

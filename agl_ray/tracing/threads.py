@@ -24,7 +24,7 @@ from agl_ray.tracing.recorder import recorder_here
 Result = TypeVar("Result")
 
 _start = threading.Thread.start
-_submit = ThreadPoolExecutor.submit
+_submit: Callable[..., Future[Any]] = ThreadPoolExecutor.submit
 
 
 def carry(function: Callable[..., Result]) -> Callable[..., Result]:
