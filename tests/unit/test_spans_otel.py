@@ -172,6 +172,19 @@ def test_gen_ai_attributes_stay_and_fill_columns() -> None:
     assert row["attributes"]["gen_ai.response.model"] == "m-2"
 
 
+def test_openinference_names_fill_columns_too() -> None:
+    attributes = {
+        **IDS,
+        "llm.model_name": "m",
+        "llm.token_count.prompt": 12,
+        "llm.token_count.completion": 3,
+        "llm.finish_reason": "stop",
+    }
+    row = row_of_readable(sdk_span(attributes))
+    assert (row["model"], row["prompt_tokens"], row["response_tokens"]) == ("m", 12, 3)
+    assert row["finish_reason"] == "stop"
+
+
 def test_protobuf_values_of_every_type() -> None:
     inner = KeyValueList(values=[KeyValue(key="bytesValue", value=AnyValue(string_value="aGk="))])
     request = wire_span(
