@@ -130,6 +130,7 @@ class LearnerRank:
         from dataclasses import replace
 
         from agl_ray.learner.prepare import lay_out
+        from agl_ray.trajectory.credit import Credit
 
         learner = self._ready()
         started = time.perf_counter()
@@ -143,6 +144,8 @@ class LearnerRank:
             world_size=self.world_size,
             seed=self.seed,
             trajectory=self.config.trajectory,
+            credit=Credit(self.config.credit, self.base),
+            kept=learner.kept,
         )
         return [
             ray.put(replace(payload, stats={**payload.stats, "seconds_read": read}))

@@ -77,9 +77,11 @@ class Trainer:
         """
         self._started = time.time()
         agent = self._agent(agent)
-        make_algorithm(
-            self.config.algorithm, self.base
-        )  # its functions exist: said before anything starts
+        from agl_ray.trajectory.credit import Credit
+
+        # The functions that they name exist: said before anything starts.
+        make_algorithm(self.config.algorithm, self.base)
+        Credit(self.config.credit, self.base)
         rows = self.rows("data.train", self.config.data.train) if train is None else train
         held_out = self.rows("data.val", self.config.data.val) if val is None else val
         if self.config.model.path is not None:

@@ -1,6 +1,6 @@
 """Algorithm: the switches of the configuration put together. The learner knows this class and nothing of what is inside.
 
-learner/prepare.py calls `advantages` and `scales` on the whole batch (numpy), learner/step.py calls `loss` on every micro-batch
+learner/prepare.py calls `advantages_of` and `scales` on the whole batch (numpy), learner/step.py calls `loss` on every micro-batch
 (torch). Test alone: tests/unit/test_algorithms_grpo.py, test_algorithms_losses.py.
 """
 
@@ -15,7 +15,7 @@ import numpy.typing as npt
 from agl_ray.algorithms.aggregation import token_scales
 from agl_ray.algorithms.base import AdvantageInputs, LossInputs, LossOutputs
 from agl_ray.algorithms.correction import correction
-from agl_ray.algorithms.registry import find_advantage, find_policy_loss
+from agl_ray.algorithms.registry import OTHER_BASELINES, find_advantage, find_policy_loss
 from agl_ray.config.imports import load_module
 from agl_ray.types import InputError
 
@@ -40,24 +40,37 @@ class Algorithm:
     def advantages(
         self, rewards: npt.NDArray, group_index: npt.NDArray, tokens: npt.NDArray | None = None
     ) -> npt.NDArray:
-        """rewards float64 [M], group_index int64 [M], tokens int64 [M] (None: all alike) -> advantages float64 [M].
-
-        Taken before any row is dropped. InputError where a user's function gives another shape or no finite numbers.
-        """
-        rewards = np.asarray(rewards, np.float64)
-        _, group = np.unique(group_index, return_inverse=True)
-        tokens = np.ones(len(rewards), np.int64) if tokens is None else tokens
-        made = np.asarray(
-            self._advantage(AdvantageInputs(rewards, group, tokens), self.config), np.float64
+        """`advantages_of` for M whole rollouts: rewards float64 [M], group_index int64 [M], tokens int64 [M] (None: all alike)."""
+        number = len(rewards)
+        nothing = np.zeros(number, np.int64)
+        return self.advantages_of(
+            AdvantageInputs(
+                rewards=np.asarray(rewards, np.float64),
+                group=np.unique(group_index, return_inverse=True)[1],
+                tokens=np.ones(number, np.int64) if tokens is None else tokens,
+                rollout=np.arange(number),
+                role=[None] * number,
+                turn=nothing,
+                state=nothing - 1,
+                kept={},
+            )
         )
+
+    def advantages_of(self, inputs: AdvantageInputs) -> npt.NDArray:
+        """float64 [M], one for each unit of credit. Taken before anything is dropped.
+
+        InputError where a user's function gives another shape or no finite numbers.
+        """
+        rewards = inputs.rewards
+        made = np.asarray(self._advantage(inputs, self.config), np.float64)
         if made.shape != rewards.shape or not np.isfinite(made).all():
             raise InputError(
                 f"algorithm.advantage {self.config.advantage}: expected {len(rewards)} finite numbers, got shape {made.shape}"
                 f"{'' if np.isfinite(made).all() else ' with values that are not finite'}"
             )
-        if self.config.advantage != "reward":
-            made[_without_signal(rewards, group)] = 0.0  # not the rounding error of the mean
-        return self._normalized(made, group)
+        if self.config.advantage not in OTHER_BASELINES:
+            made[_without_signal(rewards, inputs.group)] = 0.0  # not the rounding error of the mean
+        return self._normalized(made, inputs.group)
 
     def _normalized(self, values: npt.NDArray, group: npt.NDArray) -> npt.NDArray:
         if self.config.normalize == "group":

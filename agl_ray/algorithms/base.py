@@ -1,14 +1,15 @@
-"""What an algorithm is made of: an advantage for every rollout, and a gain for every token. One file each.
+"""What an algorithm is made of: an advantage for every unit of credit, and a gain for every token. One file each.
 
     loss = - sum_t scale_t w_t gain_t
 
 `gain_t` comes from a policy-loss function (grpo.py, gspo.py, ...), the advantages inside it from an advantage function (grpo.py,
 rloo.py, ...), `w_t` from correction.py, `scale_t` from aggregation.py. Functions are found by name (`agl_ray.algorithms.registry`).
-Test one alone with tests/unit/test_algorithms_*.py. Legend: M rollouts, T tokens of one micro-batch, S sequences (rows) in it.
+Test one alone with tests/unit/test_algorithms_*.py. Legend: M units of credit (rollouts, unless `credit.unit` says otherwise), T tokens of one micro-batch, S sequences (rows) in it.
 """
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, NamedTuple
 
@@ -20,12 +21,22 @@ if TYPE_CHECKING:
 
 @dataclass(frozen=True, slots=True)
 class AdvantageInputs:
-    """rewards: float64 [M]. group: int64 [M], 0 .. number of groups - 1. tokens: int64 [M], tokens that the rollout's model calls
-    produced, before anything is dropped."""
+    """rewards: float64 [M]. group: int64 [M], 0 .. number of groups - 1. tokens: int64 [M], tokens that the unit's model calls produced,
+    before anything is dropped.
+
+    Where the units come from: rollout: int64 [M], the rollout's index. role: [M], None for none. turn: int64 [M], the call's number in its
+    attempt, from 1; 0 where the unit is no call. state: int64 [M], equal where two calls saw the same new prompt tokens; -1 where the unit
+    is no call. kept: numbers that outlive the step: what a function writes there, it finds there in the next step, a resumed run included.
+    """
 
     rewards: npt.NDArray
     group: npt.NDArray
     tokens: npt.NDArray
+    rollout: npt.NDArray
+    role: Sequence[str | None]
+    turn: npt.NDArray
+    state: npt.NDArray
+    kept: dict[str, float]
 
 
 @dataclass(frozen=True, slots=True)
@@ -33,7 +44,7 @@ class LossInputs:
     """The streams of one micro-batch, each float32 [T] on the model's device.
 
     logprobs: log pi, the learner's now, with gradient. old_logprobs: log pi_old, the learner's at the start of the batch.
-    engine_logprobs: log mu, the engine's that sampled. advantages: of the rollout that the token belongs to. weights: 1 where the
+    engine_logprobs: log mu, the engine's that sampled. advantages: of the unit of credit that the token belongs to. weights: 1 where the
     token counts, else 0 (there the other streams mean nothing but are finite). scale: what a counted token adds to the loss, over
     all micro-batches and ranks (aggregation.py). sequence: int64 [T], the row that the token belongs to, 0 .. num_sequences - 1.
     """

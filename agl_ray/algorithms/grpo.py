@@ -30,7 +30,7 @@ def group(inputs: AdvantageInputs, config: AlgorithmConfig) -> npt.NDArray:
     return inputs.rewards - means[inputs.group]
 
 
-@advantage("reward")
+@advantage("reward", baseline="other")
 def reward(inputs: AdvantageInputs, config: AlgorithmConfig) -> npt.NDArray:
     """R itself [M]: REINFORCE++ (arXiv 2501.03262) whitens it over the batch (`normalize: batch`)."""
     return inputs.rewards.copy()

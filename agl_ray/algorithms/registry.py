@@ -30,15 +30,27 @@ AdvantageFunction = Callable[[AdvantageInputs, "AlgorithmConfig"], npt.NDArray]
 PolicyLoss = Callable[[LossInputs, "AlgorithmConfig"], Gain]
 F = TypeVar("F", bound=Callable[..., Any])
 
-OURS = ("grpo", "rloo", "maxrl", "opo", "gspo", "gmpo", "cispo", "sapo", "dppo", "topr")
+OURS = ("grpo", "rloo", "maxrl", "opo", "rae", "gspo", "gmpo", "cispo", "sapo", "dppo", "topr")
 """Modules of this package that register functions."""
+
+OTHER_BASELINES: set[str] = set()
+"""Advantages whose baseline is not the group's: a group of equal rewards may have some."""
 
 _advantages: dict[str, AdvantageFunction] = {}
 _losses: dict[str, PolicyLoss] = {}
 
 
-def advantage(name: str) -> Callable[[F], F]:
-    """Register a function as advantage `name`; ConfigError where the name is taken by another function."""
+def advantage(name: str, *, baseline: str = "group") -> Callable[[F], F]:
+    """Register a function as advantage `name`; ConfigError where the name is taken by another function.
+
+    baseline: `group`, where equal rewards of a group mean that nothing is to be learnt from it (its advantages are then exactly 0), or `other`.
+    """
+    if baseline not in ("group", "other"):
+        raise ConfigError(
+            f"advantage {name!r}: baseline: expected group or other, got {baseline!r}"
+        )
+    if baseline == "other":
+        OTHER_BASELINES.add(name)
     return _register(_advantages, name, "advantage")
 
 

@@ -58,10 +58,12 @@ class AlgorithmConfig(Section):
     imports: list[str] = []
     """Files (`path/file.py`) or modules that register functions with `@agl.advantage` and `@agl.policy_loss`, to be named below."""
     advantage: str = "group"
-    """Advantage of a rollout from the rewards of its group: group (minus the mean), rloo (minus the mean of the others), maxrl, opo
-    (length-weighted baseline), reward (no baseline), a name registered with `@agl.advantage`, or `file.py:function`."""
+    """Advantage of a unit (`credit.unit`) from the rewards of its group: group (minus the mean), rloo (minus the mean of the others), maxrl, opo
+    (length-weighted baseline), rae (minus what its role got so far; `credit.unit: role`), reward (no baseline), a name registered with `@agl.advantage`, or `file.py:function`."""
     normalize: Literal["none", "group", "batch"] = "none"
     """Divide the advantage by the group's standard deviation (the original GRPO), or whiten it over the whole batch (REINFORCE++)."""
+    rae_decay: Annotated[float, Field(gt=0, lt=1)] = 0.95
+    """Advantage rae: how much of a role's baseline is left after a reward."""
     loss: str = "clip"
     """Gain of a token: clip (PPO), gspo, gmpo, cispo, sapo, dppo, topr, a name registered with `@agl.policy_loss`, or `file.py:function`."""
     aggregation: Aggregation = "token-mean"
@@ -123,6 +125,7 @@ _ACTS_WITH: dict[str, tuple[str, tuple[str, ...]]] = {
         "aggregation",
         ("seq-mean-token-mean", "seq-mean-token-sum", "seq-mean-token-sum-norm"),
     ),
+    "rae_decay": ("advantage", ("rae",)),
     "norm_tokens": ("aggregation", ("seq-mean-token-sum-norm",)),
     "dual_clip": ("loss", ("clip",)),
     "sapo_tau_positive": ("loss", ("sapo",)),

@@ -12,6 +12,7 @@ from typing import Annotated, Literal
 from pydantic import Field, model_validator
 
 from agl_ray.config.algorithm import AlgorithmConfig
+from agl_ray.config.credit import CreditConfig
 from agl_ray.config.section import Fraction, NonNegative, Positive, PositiveFloat, Section
 from agl_ray.config.tracing import TracingConfig
 from agl_ray.config.trajectory import TrajectoryConfig
@@ -239,6 +240,7 @@ class RunConfig(Section):
     engine: EngineConfig = EngineConfig()
     gateway: GatewayConfig = GatewayConfig()
     trajectory: TrajectoryConfig = TrajectoryConfig()
+    credit: CreditConfig = CreditConfig()
     algorithm: AlgorithmConfig = AlgorithmConfig()
     learner: LearnerConfig = LearnerConfig()
     weights: WeightsConfig = WeightsConfig()
@@ -259,6 +261,10 @@ class RunConfig(Section):
         if self.rollout.max_tokens >= self.engine.max_model_len:
             raise ValueError(
                 f"rollout.max_tokens ({self.rollout.max_tokens}) leaves no room for a prompt in engine.max_model_len ({self.engine.max_model_len})"
+            )
+        if self.algorithm.advantage == "rae" and self.credit.unit != "role":
+            raise ValueError(
+                f"algorithm.advantage rae compares a role with its own past: it needs credit.unit role, got {self.credit.unit}"
             )
         if self.weights.transport == "nccl" and not (
             self.engine.num_gpus and self.learner.num_gpus

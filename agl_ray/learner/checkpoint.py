@@ -32,9 +32,9 @@ POSITION = "position.json"
 
 
 def save(
-    path: str | Path, model: Any, optimizer: torch.optim.Optimizer, position: dict[str, int]
+    path: str | Path, model: Any, optimizer: torch.optim.Optimizer, position: dict[str, Any]
 ) -> None:
-    """Write a checkpoint; all ranks call it with the same `path`, on a file system that they share. `position`: counters, as JSON."""
+    """Write a checkpoint; all ranks call it with the same `path`, on a file system that they share. `position`: counters and numbers kept, as JSON."""
     target, first = Path(path), _rank() == 0
     partial = target.with_name(f".{target.name}.partial")
     if first:
@@ -54,7 +54,7 @@ def save(
     fsdp.barrier()
 
 
-def load(path: str | Path, model: Any, optimizer: torch.optim.Optimizer) -> dict[str, int]:
+def load(path: str | Path, model: Any, optimizer: torch.optim.Optimizer) -> dict[str, Any]:
     """Restore model, optimiser and this rank's random state in place; returns the position. InputError where `path` is no complete checkpoint."""
     folder = Path(path)
     if not (folder / POSITION).is_file():
@@ -75,7 +75,7 @@ def load(path: str | Path, model: Any, optimizer: torch.optim.Optimizer) -> dict
         set_optimizer_state_dict(model, optimizer, state["optimizer"])
     if _rng_key() in state:
         torch.set_rng_state(state[_rng_key()])
-    position: dict[str, int] = json.loads((folder / POSITION).read_text())
+    position: dict[str, Any] = json.loads((folder / POSITION).read_text())
     return position
 
 

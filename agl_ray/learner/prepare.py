@@ -1,8 +1,8 @@
 """One training step laid out on rank 0: spans and rewards in, one payload of packed micro-batches per rank out.
 
-Order matters (contracts 1 and 6): advantages from all members, then rows, then rows are dropped. Called by
+Order matters (contracts 1 and 6): advantages from all members, then rows are dropped. Called by
 actors/learner.py and by tests without Ray. Pure numpy; test it alone with tests/unit/test_learner_step.py.
-Legend: M rollouts, R rows, N tokens of all rows.
+Legend: U units of credit, R rows, N tokens of all rows.
 """
 
 from __future__ import annotations
@@ -15,9 +15,10 @@ from typing import TYPE_CHECKING
 import numpy as np
 import pyarrow as pa
 
+from agl_ray.algorithms.base import AdvantageInputs
 from agl_ray.learner.packing import Packed, pack
 from agl_ray.trajectory.batch import TrainBatch
-from agl_ray.trajectory.calls import Calls
+from agl_ray.trajectory.credit import Credit, Units
 from agl_ray.trajectory.overlong import fit
 from agl_ray.trajectory.ragged import Array, Rows
 from agl_ray.trajectory.rows import build_rows
@@ -37,11 +38,13 @@ class Update:
 
 @dataclass(frozen=True, slots=True)
 class Payload:
-    """One rank's work for step `step`. `stats` are counts over the whole batch, the same on every rank."""
+    """One rank's work for step `step`. `stats` are counts over the whole batch, the same on every rank. kept: what the advantage function
+    keeps from this step on."""
 
     step: int
     updates: list[Update]
     stats: Mapping[str, float]
+    kept: Mapping[str, float]
 
 
 def lay_out(
@@ -53,63 +56,92 @@ def lay_out(
     world_size: int,
     seed: int,
     trajectory: TrajectoryConfig | None = None,
+    credit: Credit | None = None,
+    kept: Mapping[str, float] | None = None,
 ) -> list[Payload]:
     """The payload of each rank.
 
     spans: of the attempts of `batch.attempts`, as `store.read_spans` gives them. The scales of the tokens are taken over the whole batch,
     rows of advantage 0 included, times the number of updates. `seed` and the step choose which rows go into which update where there
-    are several.
+    are several. trajectory, credit: None for the defaults. kept: what the advantage function kept from the step before.
     """
     started = time.perf_counter()
-    group_index = np.repeat(
-        np.arange(len(batch.groups)), [len(group.members) for group in batch.groups]
-    )
-    rewards = np.array([member.reward for member in batch.members], np.float64)
     built = build_rows(spans, batch.attempts, trajectory)
-    advantages_M = algorithm.advantages(
-        rewards, group_index, _tokens_of_rollouts(built.calls, len(rewards))
-    )
-    rows, kept, dropped = fit(built.rows, config.max_row_tokens, trajectory)
-    rollout_R = built.attempt[kept]
-    advantages_R = advantages_M[rollout_R]
+    units = (credit or Credit()).units(built.calls, spans, batch)
+    after = dict(kept or {})
+    advantages_U = algorithm.advantages_of(_inputs(units, after))
+    rows, unrewarded = _only_of_units(built.rows, units)
+    rows, stay, dropped = fit(rows, config.max_row_tokens, trajectory)
     row = rows.row_of_token
-    rows = _with_streams(rows, advantages_R, algorithm.scales(rows.weights, rollout_R[row], row))
-    signal = np.bincount(group_index, weights=advantages_M != 0) > 0
+    scales = algorithm.scales(rows.weights, built.attempt[stay][row], row)
+    unit = units.of_call[rows.columns["call"]]
+    rows = _with_streams(rows, np.append(advantages_U, 0.0)[unit], scales)
     stats = {
         **built.counts(),
+        **units.counts,
         **dropped,
+        **_signal(advantages_U, units, len(batch.groups)),
         "groups": float(len(batch.groups)),
-        "zero_signal_groups": float((~signal).sum()),
-        "rollouts": float(len(rewards)),
+        "rollouts": float(len(batch.members)),
+        "tokens_dropped_unrewarded": unrewarded,
         "tokens_of_batch": float(rows.weights.sum()),
     }
     if algorithm.skip_zero_advantage:
-        chosen = np.flatnonzero(advantages_R != 0)
+        there = (rows.weights != 0) & (rows.columns["advantages"] != 0)
+        chosen = np.flatnonzero(np.bincount(row, weights=there, minlength=len(rows)))
         rows = rows.take(chosen)
     stats |= {"rows": float(len(rows)), "tokens_forward": float(len(rows.ids))}
     parts = _split(rows, config.minibatches, world_size, np.random.default_rng([seed, batch.step]))
     updates = _pack_alike(rows, parts, config.tokens_per_microbatch)
     stats["seconds_layout"] = time.perf_counter() - started
     return [
-        Payload(batch.step, [update[rank] for update in updates], stats)
+        Payload(batch.step, [update[rank] for update in updates], stats, after)
         for rank in range(world_size)
     ]
 
 
-def _tokens_of_rollouts(calls: Calls, rollouts: int) -> Array:
-    """int64 [M]: tokens of the policy that each rollout's calls produced."""
-    tokens = calls.responses * calls.trained
-    return np.bincount(calls.attempt, weights=tokens, minlength=rollouts).astype(np.int64)
+def _inputs(units: Units, kept: dict[str, float]) -> AdvantageInputs:
+    return AdvantageInputs(
+        rewards=units.reward,
+        group=units.group,
+        tokens=units.tokens,
+        rollout=units.member,
+        role=units.role,
+        turn=units.turn,
+        state=units.state,
+        kept=kept,
+    )
 
 
-def _with_streams(rows: Rows, advantages_R: Array, scale: Array) -> Rows:
-    """The rows with columns `advantages` and `scale`, and engine log-probabilities only where a token is trained here."""
+def _only_of_units(rows: Rows, units: Units) -> tuple[Rows, float]:
+    """Rows whose tokens without a unit (their rollout lacks a reward that counts) are context; and how many these are."""
+    without = (units.of_call[rows.columns["call"]] < 0) & (rows.weights != 0)
+    if not without.any():
+        return rows, 0.0
+    return replace(rows, weights=np.where(without, 0, rows.weights)), float(without.sum())
+
+
+def _signal(advantages_U: Array, units: Units, rows: int) -> dict[str, float]:
+    """How many groups, of rows of the data and of units, have no advantage but 0."""
+    there = advantages_U != 0
+    of_rows = np.bincount(units.row, weights=there, minlength=rows)
+    of_units = np.bincount(units.group, weights=there)
+    return {
+        "zero_signal_groups": float((of_rows == 0).sum()),
+        "zero_signal_unit_groups": float((of_units == 0).sum()),
+    }
+
+
+def _with_streams(rows: Rows, advantages: Array, scale: Array) -> Rows:
+    """The rows with columns `advantages` and `scale`, and engine log-probabilities and advantages only where a token is trained here."""
+    trained = rows.weights > 0
     streams = {
         **rows.columns,
-        "advantages": np.repeat(advantages_R, rows.lengths).astype(np.float32),
+        "advantages": np.where(trained, advantages, 0.0).astype(np.float32),
         "scale": scale.astype(np.float32),
-        "engine_logprobs": np.where(rows.weights > 0, rows.columns["engine_logprobs"], 0.0),
+        "engine_logprobs": np.where(trained, rows.columns["engine_logprobs"], 0.0),
     }
+    del streams["call"]
     return replace(rows, columns=streams)
 
 

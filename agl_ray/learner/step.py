@@ -35,9 +35,11 @@ clip_high_fraction, corrected_fraction (shares of the trained tokens), entropy (
 Learner against engine, on tokens made by the current version: tokens_current, max_logprob_diff (nats), engine_kl (mean k3, nats).
 max_token_age: weight versions between a token and this step. Counts: tokens_trained, tokens_forward (their context included),
 tokens_of_batch (of all kept rows), tokens_made (by all calls; what of them is not in tokens_of_batch is in tokens_dropped_failed, _greedy,
-_constrained, _overlong), tokens_merged (context tokens that calls share and rows therefore hold once), rows, rows_truncated,
-rows_dropped_overlong, rows_dropped_empty, groups, zero_signal_groups, rollouts, rollouts_without_calls, calls, calls_failed, calls_greedy,
-calls_constrained, branches, retokenized_tokens (of all calls).
+_constrained, _frozen, _unrewarded, _overlong), tokens_merged (context tokens that calls share and rows therefore hold once), rows, rows_truncated,
+rows_dropped_overlong, rows_dropped_empty, groups, zero_signal_groups (no unit of them has an advantage but 0), units (of credit),
+unit_groups, zero_signal_unit_groups, rollouts, rollouts_without_calls, rollouts_without_reward (a dimension that counts is missing),
+rewards_of_parts, rewards_unplaced (of parts without a call), calls, calls_failed, calls_greedy, calls_constrained, calls_frozen, branches, retokenized_tokens
+(of all calls).
 Seconds: seconds_read (spans from the store), seconds_layout (rows, packing), seconds_old_logprobs, seconds_forward_backward, seconds_optimizer,
 seconds_train (the last three and the rest of `train`).
 """
@@ -49,7 +51,7 @@ class Learner:
     """One rank's model and optimiser. With `world_size` above 1 the ranks' group (fsdp.join_group) must be joined before.
 
     base: where files that `algorithm` names are looked up too. version: the weight version that it holds; 0 is the base model.
-    updates: optimiser updates so far.
+    updates: optimiser updates so far. kept: what the advantage function keeps from step to step, as of this version.
     """
 
     def __init__(
@@ -75,6 +77,7 @@ class Learner:
         self.optimizer = optim.make_optimizer(self.model, config)
         self.version = 0
         self.updates = 0
+        self.kept: dict[str, float] = {}
 
     # --- one step ------------------------------------------------------------------------------
 
@@ -93,6 +96,7 @@ class Learner:
         for update, old in zip(payload.updates, olds, strict=True):
             self._update(update, old, totals)
         self.version += 1
+        self.kept = dict(payload.kept)
         return {**payload.stats, **totals.metrics(len(payload.updates)), "lr": self.lr}
 
     @property
@@ -171,13 +175,14 @@ class Learner:
 
     def save(self, path: str | Path) -> None:
         """Write a checkpoint (all ranks)."""
-        position = {"version": self.version, "updates": self.updates}
+        position = {"version": self.version, "updates": self.updates, "kept": self.kept}
         checkpoint.save(path, self.model, self.optimizer, position)
 
     def load(self, path: str | Path) -> None:
         """Go to the state of a checkpoint (all ranks)."""
         position = checkpoint.load(path, self.model, self.optimizer)
         self.version, self.updates = position["version"], position["updates"]
+        self.kept = position["kept"]
 
     def export(self, path: str | Path) -> None:
         """Write a Hugging Face folder (all ranks)."""

@@ -7,8 +7,8 @@ the same as a `Span` record; `agl_ray.spans.otlp` reads and writes the protocol.
   `agentlightning.`). They become columns and leave the attributes. `agentlightning.span_sequence_id` is read and stays;
 * `agentlightning.reward.0.value` and `.name` (number 0 is the primary reward) become the reward columns, kind `reward`; a primary reward
   that is no finite number refuses the span. A link of agent-lightning (`agentlightning.link.<i>.key_match` / `.value_match`) says what is
-  rewarded, in `reward_target`: by `span_id` or `gen_ai.response.id` a call, by `agentlightning.tag.<i>` a tag (`tag:NAME`); without one it
-  is the rollout;
+  rewarded, in `reward_target`: by `span_id` or `gen_ai.response.id` a call, by `agentlightning.tag.<i>` a tag (`tag:NAME`), by
+  `agl.role` a role (`role:NAME`), by `agl.turn` the N-th call of the attempt (`turn:N`); without one it is the rollout;
 * `gen_ai.*` attributes, and OpenInference's `llm.*`, stay and fill model, finish reason and usage. Such a span is of kind `span`: only the gateway records `call`;
 * what a row has no column for is kept as attributes: `otel.span.kind`, `otel.scope.name`, `otel.scope.version`, `otel.trace_state`, `otel.dropped_*_count`.
 
@@ -38,6 +38,7 @@ SEQUENCE_ID = "agentlightning.span_sequence_id"
 REWARD_VALUE = "agentlightning.reward.0.value"
 REWARD_NAME = "agentlightning.reward.0.name"
 ROLE = "agl.role"
+_PARTS = {ROLE: "role", "agl.turn": "turn"}  # of a rollout, as a reward's link may name them
 
 SPAN_KIND = "otel.span.kind"
 SCOPE_NAME = "otel.scope.name"
@@ -161,7 +162,7 @@ def _reward(span_id: str, attributes: Mapping[str, Any]) -> dict[str, Any]:
 
 
 def _target(attributes: Mapping[str, Any]) -> str | None:
-    """The span id of the call, or `tag:` and the tag, that agent-lightning's links name, if they name one."""
+    """What agent-lightning's links name, if they name something: the span id of a call, `tag:NAME`, `role:NAME` or `turn:N`."""
     numbers = (_LINK.fullmatch(key) for key in attributes)
     for number in sorted(int(match[1]) for match in numbers if match):
         link = f"agentlightning.link.{number}"
@@ -172,6 +173,8 @@ def _target(attributes: Mapping[str, Any]) -> str | None:
             return _OUR_ANSWER.sub("", value)
         if isinstance(value, str) and isinstance(key, str) and _TAG.fullmatch(key):
             return f"tag:{value}"
+        if isinstance(value, str) and key in _PARTS:
+            return f"{_PARTS[key]}:{value}"
     return None
 
 

@@ -20,12 +20,15 @@ from agl_ray.spans.schema import KIND_CALL
 from agl_ray.trajectory.ragged import Array
 from agl_ray.types.errors import RunError
 
-TAG = "agl.tag"
-"""Key of a request's `metadata` whose value, a text, tags the call."""
+TAG = "agentlightning.tag."
+"""Keys of a request's `metadata` that begin so have a tag of the call as their value (`agl_ray.tracing.names.make_tag_attributes`)."""
+ROLE_KIND = "agl.role_kind"
+"""Attribute of a call that was answered for a role which is not trained, by whom: `frozen` or `endpoint` (which gives no ids)."""
+RETOKENIZED = "agl.retokenized_tokens"
 
 
 class Use(IntEnum):
-    """What a call's response is to training; the first that applies."""
+    """What a call's response is to training; of several, the first of FROZEN, FAILED, GREEDY, CONSTRAINED."""
 
     TRAINED = 0
     """Sampled from the policy, and it counts."""
@@ -35,6 +38,8 @@ class Use(IntEnum):
     """Sampled at temperature 0: not the policy's distribution."""
     CONSTRAINED = 3
     """Forced into a form (`agl.constrained`): the engine's log-probabilities are not the policy's."""
+    FROZEN = 4
+    """Of a role that is not trained (`agl.role_kind`)."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -45,13 +50,13 @@ class Calls:
     of the call that this one continues, -1 for none. shared: leading tokens that are the parent's. prompt: tokens of the whole prompt,
     shared ones included. end: tokens of prompt + response. use: a `Use`. prompt_start, response_start: where a call's own tokens begin
     in prompt_ids [P], and in response_ids, logprobs (nats), versions [Q]. turn: its number in its attempt, from 1.
-    tags: of its request's metadata, None for none. retokenized: tokens that had to be derived again, of all calls.
+    tags: of its request's metadata (TAG). retokenized: tokens that had to be derived again, of all calls.
     """
 
     attempts: Sequence[tuple[str, str]]
     span_ids: list[str]
     roles: list[str | None]
-    tags: list[str | None]
+    tags: list[tuple[str, ...]]
     attempt: Array
     turn: Array
     parent: Array
@@ -99,26 +104,28 @@ def read_calls(spans: pa.Table, attempts: Sequence[tuple[str, str]]) -> Calls:
     response_ids, response_lengths = _ragged(table, "response_ids", np.int32)
     logprobs, logprob_lengths = _ragged(table, "response_logprobs", np.float32)
     _same(names, "response_logprobs", response_lengths, logprob_lengths)
+    attributes = _attributes(table, ("request", "agl.constrained", RETOKENIZED, ROLE_KIND))
     parent, shared, prompt, end = _tree(table, names, prompt_lengths, response_lengths)
-    attributes = _attributes(table, ("request", "agl.constrained", "agl.retokenized_tokens"))
+    outside = [call for call, kind in attributes[ROLE_KIND].items() if kind == '"endpoint"']
+    _as_said(table, names, prompt, outside)
     temperature, tags = _requests(attributes["request"], len(names))
-    use = np.full(len(names), Use.TRAINED, np.int64)  # the first use that applies is written last
+    use = np.full(len(names), Use.TRAINED, np.int64)  # what counts most is written last
     use[list(attributes["agl.constrained"])] = Use.CONSTRAINED
     use[temperature <= 0] = Use.GREEDY
     use[pc.equal(table["status"], "ERROR").to_numpy()] = Use.FAILED
+    use[list(attributes[ROLE_KIND])] = Use.FROZEN
     return Calls(
         attempts, names.span_ids, _list(table, "role"), tags, attempt, _turns(attempt), parent, shared, prompt, end, use, temperature,
         _starts(prompt_lengths), _starts(response_lengths), prompt_ids, response_ids, logprobs,
         _versions(table, names, response_lengths),
-        sum(int(value) for value in attributes["agl.retokenized_tokens"].values()),
+        sum(int(value) for value in attributes[RETOKENIZED].values()),
     )  # fmt: skip
 
 
 def retokenized_tokens(spans: pa.Table) -> int:
     """How many tokens of earlier model output had to be re-derived in these calls, as the gateway counted (contract 4: 0)."""
     table = spans.filter(pc.equal(spans["kind"], KIND_CALL)).combine_chunks()
-    counted = _attributes(table, ("agl.retokenized_tokens",))["agl.retokenized_tokens"]
-    return sum(int(value) for value in counted.values())
+    return sum(int(value) for value in _attributes(table, (RETOKENIZED,))[RETOKENIZED].values())
 
 
 class _Names(Sequence[str]):
@@ -209,9 +216,14 @@ def _tree(
         seen[key, span_id] = call
     shared = np.array(shares, np.int64)
     prompt = shared + prompt_lengths
-    said = np.asarray(table["prompt_tokens"].to_numpy(zero_copy_only=False), float)
-    _same(names, "prompt_tokens", prompt, np.where(np.isnan(said), prompt, said).astype(np.int64))
     return np.array(parents, np.int64), shared, prompt, prompt + response_lengths
+
+
+def _as_said(table: pa.Table, names: _Names, prompt: Array, outside: list[int]) -> None:
+    """The ids are as many as `prompt_tokens` says, but for calls that a model outside answered: these have no ids."""
+    said = np.array(table["prompt_tokens"].to_numpy(zero_copy_only=False), float)
+    said[outside] = np.nan
+    _same(names, "prompt_tokens", prompt, np.where(np.isnan(said), prompt, said).astype(np.int64))
 
 
 class _Asked(msgspec.Struct):
@@ -219,16 +231,16 @@ class _Asked(msgspec.Struct):
     metadata: dict[str, Any] | None = None
 
 
-def _requests(requests: Mapping[int, str], num_calls: int) -> tuple[Array, list[str | None]]:
-    """Sampling temperature (1 where it says none) and tag of every call, of its `request` attribute (gateway/record.py)."""
+def _requests(requests: Mapping[int, str], num_calls: int) -> tuple[Array, list[tuple[str, ...]]]:
+    """Sampling temperature (1 where it says none) and tags of every call, of its `request` attribute (gateway/record.py)."""
     temperature = np.ones(num_calls, np.float32)
-    tags: list[str | None] = [None] * num_calls
+    tags: list[tuple[str, ...]] = [()] * num_calls
     decode = msgspec.json.Decoder(_Asked).decode
     for call, text in requests.items():
         asked = decode(text)
         temperature[call] = (asked.sampling or {}).get("temperature", 1.0)
-        tag = (asked.metadata or {}).get(TAG)
-        tags[call] = None if tag is None else str(tag)
+        metadata = asked.metadata or {}
+        tags[call] = tuple(str(tag) for key, tag in metadata.items() if key.startswith(TAG))
     return temperature, tags
 
 

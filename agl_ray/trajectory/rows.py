@@ -48,9 +48,7 @@ class AttemptRows:
     def counts(self) -> dict[str, float]:
         """The step's metrics of calls and of their tokens: which are trained, which left out why, how many the merging saved."""
         calls = self.calls
-        left_out = {
-            use.name.lower(): use for use in (Use.FAILED, Use.GREEDY, Use.CONSTRAINED)
-        }  # context only
+        left_out = {use.name.lower(): use for use in Use if use != Use.TRAINED}  # context only
         return {
             "calls": float(len(calls)),
             "branches": float(self.num_branches),
@@ -73,7 +71,8 @@ def build_rows(
 ) -> AttemptRows:
     """The rows of these attempts from their spans (SPAN_SCHEMA; ordered by attempt, then sequence id), by `config.rows`.
 
-    A call whose status is ERROR, that was sampled at temperature 0, or that was forced into a form is context only. RunError names the
+    A call whose status is ERROR, that was sampled at temperature 0, that was forced into a form, or that answered for a role which is not
+    trained is context only. RunError names the
     attempt and the call whose columns contradict each other.
     """
     calls = read_calls(spans, attempts)

@@ -7,7 +7,7 @@ import os
 import signal
 from collections.abc import Coroutine, Iterator
 from pathlib import Path
-from typing import Any
+from typing import Any, Literal
 
 import pytest
 import ray
@@ -18,6 +18,7 @@ from actors.learner import LearnerRank, PeerLost
 from actors.store import create_store
 from agl_ray import waits
 from agl_ray.config.models import DataConfig, LearnerConfig, ModelConfig, RunConfig
+from agl_ray.config.trajectory import TrajectoryConfig
 from agl_ray.learner.step import Learner
 from agl_ray.spans import span_batch
 from agl_ray.store import LightningStore
@@ -38,8 +39,11 @@ def folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
     return model_folder(tmp_path_factory.mktemp("model"))
 
 
-def config(world_size: int) -> RunConfig:
+def config(
+    world_size: int, rows: Literal["merge-prefix", "per-call"] = "merge-prefix"
+) -> RunConfig:
     return RunConfig(
+        trajectory=TrajectoryConfig(rows=rows),
         model=ModelConfig(path="unused"),
         data=DataConfig(train="unused", val="unused"),
         learner=LearnerConfig(
@@ -51,8 +55,13 @@ def config(world_size: int) -> RunConfig:
 class Ranks:
     """All ranks of a group, started; killed at the end."""
 
-    def __init__(self, world_size: int, folder: Path) -> None:
-        settings = config(world_size).model_dump(mode="json")
+    def __init__(
+        self,
+        world_size: int,
+        folder: Path,
+        rows: Literal["merge-prefix", "per-call"] = "merge-prefix",
+    ) -> None:
+        settings = config(world_size, rows).model_dump(mode="json")
         actor = ray.remote(LearnerRank).options(num_cpus=0.5, max_concurrency=4, max_restarts=0)
         self.ranks = [
             actor.remote(rank, world_size, settings, str(folder), 0) for rank in range(world_size)
@@ -121,7 +130,7 @@ def test_two_ranks_train_from_the_store_and_stage_their_weights(
 ) -> None:
     batches = [run(fill(store, 9, step)) for step in (1, 2)]
     alone, both = [], []
-    with Ranks(1, folder) as ranks:
+    with Ranks(1, folder, "per-call") as ranks:  # however rollouts are cut into rows
         alone = [ranks.train(store, batch)[0] for batch in batches]
     with Ranks(2, folder) as ranks:
         both = [ranks.train(store, batch)[0] for batch in batches]
@@ -133,7 +142,8 @@ def test_two_ranks_train_from_the_store_and_stage_their_weights(
         ranks("save", str(tmp_path / "step-2"))
         ranks("export", str(tmp_path / "export"))
     for one, two in zip(alone, both, strict=True):
-        assert one["rows"] == two["rows"] > 4
+        assert one["rows"] > two["rows"] > 4
+        assert one["tokens_of_batch"] == two["tokens_of_batch"]
         assert one["loss"] == pytest.approx(two["loss"], abs=1e-5)
     loaded = Learner(config(1).algorithm, config(1).learner, folder)
     loaded.load(tmp_path / "step-2")

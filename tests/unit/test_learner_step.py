@@ -187,7 +187,7 @@ def test_overlong_rows_are_dropped_after_the_advantages(folder: Path) -> None:
     (micro,) = laid_out.updates[0].micros
     assert micro.input_ids.tolist() == [[4, 5, 6]]
     # the dropped rollout's reward is still in the baseline
-    assert micro.columns["advantages"].tolist() == [-0.5, -0.5, -0.5]
+    assert micro.columns["advantages"].tolist() == [0, -0.5, -0.5]
     assert scales(laid_out.updates) == {0.5}
 
 
