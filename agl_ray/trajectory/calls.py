@@ -25,6 +25,19 @@ TAG = "agentlightning.tag."
 ROLE_KIND = "agl.role_kind"
 """Attribute of a call that was answered for a role which is not trained, by whom: `frozen` or `endpoint` (which gives no ids)."""
 RETOKENIZED = "agl.retokenized_tokens"
+COLUMNS = [
+    *(
+        "rollout_id",
+        "attempt_id",
+        "span_id",
+        "role",
+        "status",
+        "parent_call",
+        "parent_tokens",
+        "prompt_tokens",
+    ),
+    *("prompt_ids", "response_ids", "response_logprobs", "weight_versions"),
+]
 
 
 class Use(IntEnum):
@@ -96,7 +109,10 @@ def read_calls(spans: pa.Table, attempts: Sequence[tuple[str, str]]) -> Calls:
 
     RunError names the attempt and the call whose columns contradict each other.
     """
-    table = spans.filter(pc.equal(spans["kind"], KIND_CALL)).combine_chunks()
+    here = pc.equal(spans["kind"], KIND_CALL)
+    table = (
+        spans.select(COLUMNS).filter(here).combine_chunks()
+    )  # attributes are long texts: not copied
     keys = list(zip(_list(table, "rollout_id"), _list(table, "attempt_id"), strict=True))
     names = _Names(keys, _list(table, "span_id"))
     attempt = _attempts(attempts, keys)
@@ -104,7 +120,7 @@ def read_calls(spans: pa.Table, attempts: Sequence[tuple[str, str]]) -> Calls:
     response_ids, response_lengths = _ragged(table, "response_ids", np.int32)
     logprobs, logprob_lengths = _ragged(table, "response_logprobs", np.float32)
     _same(names, "response_logprobs", response_lengths, logprob_lengths)
-    attributes = _attributes(table, ("request", "agl.constrained", RETOKENIZED, ROLE_KIND))
+    attributes = _attributes(spans, here, ("request", "agl.constrained", RETOKENIZED, ROLE_KIND))
     parent, shared, prompt, end = _tree(table, names, prompt_lengths, response_lengths)
     outside = [call for call, kind in attributes[ROLE_KIND].items() if kind == '"endpoint"']
     _as_said(table, names, prompt, outside)
@@ -124,8 +140,10 @@ def read_calls(spans: pa.Table, attempts: Sequence[tuple[str, str]]) -> Calls:
 
 def retokenized_tokens(spans: pa.Table) -> int:
     """How many tokens of earlier model output had to be re-derived in these calls, as the gateway counted (contract 4: 0)."""
-    table = spans.filter(pc.equal(spans["kind"], KIND_CALL)).combine_chunks()
-    return sum(int(value) for value in _attributes(table, (RETOKENIZED,))[RETOKENIZED].values())
+    here = pc.equal(spans["kind"], KIND_CALL)
+    return sum(
+        int(value) for value in _attributes(spans, here, (RETOKENIZED,))[RETOKENIZED].values()
+    )
 
 
 class _Names(Sequence[str]):
@@ -244,20 +262,25 @@ def _requests(requests: Mapping[int, str], num_calls: int) -> tuple[Array, list[
     return temperature, tags
 
 
-def _attributes(table: pa.Table, wanted: Sequence[str]) -> dict[str, dict[int, str]]:
-    """The JSON texts of these attributes, by call; nothing else of the attributes is touched."""
-    column = table["attributes"].combine_chunks()
-    if len(column) == 0 or column.null_count == len(column):
-        return {name: {} for name in wanted}
-    offsets = column.offsets.to_numpy()
-    first, number = int(offsets[0]), int(offsets[-1] - offsets[0])
-    keys, values = column.keys.slice(first, number), column.items.slice(first, number)
-    call_of_entry = np.repeat(np.arange(len(column)), np.diff(offsets))
-    found = {}
-    for name in wanted:
-        places = np.flatnonzero(pc.equal(keys, name).to_numpy(zero_copy_only=False))
-        texts = values.take(pa.array(places)).to_pylist()
-        found[name] = dict(zip(call_of_entry[places].tolist(), texts, strict=True))
+def _attributes(
+    spans: pa.Table, here: pa.ChunkedArray, wanted: Sequence[str]
+) -> dict[str, dict[int, str]]:
+    """The JSON texts of these attributes of the spans that `here` marks, by their number among these; no other text is touched."""
+    marked = here.to_numpy()
+    number = np.cumsum(marked) - 1
+    found: dict[str, dict[int, str]] = {name: {} for name in wanted}
+    first = 0
+    for chunk in spans["attributes"].chunks:
+        offsets = chunk.offsets.to_numpy()
+        begin, entries = int(offsets[0]), int(offsets[-1] - offsets[0])
+        keys, values = chunk.keys.slice(begin, entries), chunk.items.slice(begin, entries)
+        row = np.repeat(np.arange(first, first + len(chunk)), np.diff(offsets))
+        for name in wanted:
+            places = np.flatnonzero(pc.equal(keys, name).to_numpy(zero_copy_only=False))
+            places = places[marked[row[places]]]
+            texts = values.take(pa.array(places)).to_pylist()
+            found[name].update(zip(number[row[places]].tolist(), texts, strict=True))
+        first += len(chunk)
     return found
 
 

@@ -81,9 +81,11 @@ class Credit:
         of_call, member, role, call = self._divide(calls, np.flatnonzero(there))
         reward = np.zeros(len(member))
         self._give_outcome(reward, outcome, member, of_call, calls)
+        unit_of = of_call.tolist()
         for part in rewards.parts:
-            units = np.unique(of_call[part.calls])
-            reward[units[units >= 0]] += self._weight(part.dimension) * part.value
+            worth = self._weight(part.dimension) * part.value
+            for unit in {unit_of[one] for one in part.calls} - {-1}:
+                reward[unit] += worth
         row = np.repeat(np.arange(len(batch.groups)), [len(g.members) for g in batch.groups])
         units_of = _Sides(calls, batch, member, row[member], role, call)
         group = self._groups(units_of)

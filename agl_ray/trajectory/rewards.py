@@ -11,13 +11,11 @@ from collections import defaultdict
 from collections.abc import Iterator, Mapping, Sequence
 from typing import Any, NamedTuple
 
-import numpy as np
 import pyarrow as pa
 import pyarrow.compute as pc
 
 from agl_ray.spans.schema import KIND_REWARD
 from agl_ray.trajectory.calls import Calls
-from agl_ray.trajectory.ragged import Array
 from agl_ray.types.errors import RunError
 
 PRIMARY = "primary"
@@ -25,11 +23,11 @@ _FURTHER = "agentlightning.reward."  # <i>.name, <i>.value: dimensions beside th
 
 
 class PartReward(NamedTuple):
-    """A reward of a part of a rollout. calls: int64, indices of the part's calls, one or more."""
+    """A reward of a part of a rollout. calls: indices of the part's calls, one or more."""
 
     dimension: str
     value: float
-    calls: Array
+    calls: list[int]
 
 
 class Rewards(NamedTuple):
@@ -43,14 +41,15 @@ class Rewards(NamedTuple):
 
 def read_rewards(spans: pa.Table, calls: Calls) -> Rewards:
     """The rewards of the attempts of `calls`, in the order of the spans. RunError names an attempt that was not asked for."""
-    table = spans.filter(pc.equal(spans["kind"], KIND_REWARD))
+    wanted = ["rollout_id", "attempt_id", "reward", "reward_dimension", "reward_target"]
+    here = pc.equal(spans["kind"], KIND_REWARD)
+    table = spans.select([*wanted, "attributes"]).filter(here)
     order = {attempt: index for index, attempt in enumerate(calls.attempts)}
     own: list[dict[str, float]] = [{} for _ in calls.attempts]
     parts: list[PartReward] = []
     unplaced = 0
     places = _Places(calls)
-    wanted = ["rollout_id", "attempt_id", "reward", "reward_dimension", "reward_target"]
-    for row in table.select([*wanted, "attributes"]).to_pylist():
+    for row in table.to_pylist():
         key = (row["rollout_id"], row["attempt_id"])
         if key not in order:
             raise RunError(
@@ -60,7 +59,7 @@ def read_rewards(spans: pa.Table, calls: Calls) -> Rewards:
         for dimension, value in _dimensions(row):
             if found is None:
                 own[order[key]][dimension] = value
-            elif len(found):
+            elif found:
                 parts.append(PartReward(dimension, value, found))
             else:
                 unplaced += 1
@@ -94,5 +93,5 @@ class _Places:
             for name in names:
                 self._named[attempt, name].append(call)
 
-    def of(self, attempt: int, target: str) -> Array:
-        return np.array(self._named.get((attempt, target), []), np.int64)
+    def of(self, attempt: int, target: str) -> list[int]:
+        return self._named.get((attempt, target), [])

@@ -15,6 +15,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
+from typing import NamedTuple
 
 import numpy as np
 import pyarrow as pa
@@ -91,11 +92,11 @@ Layout = tuple[Array, list[Stretch]]
 
 def _merge_prefix(calls: Calls) -> Layout:
     """Each row holds a first part of each of its calls, so what earlier rows trained of a call is always its first part too."""
-    leaves = _leaves(calls)
+    leaves, tree = _leaves(calls), _Tree.of(calls)
     done = calls.prompt.tolist()
     stretches: list[Stretch] = []
     for row, leaf in enumerate(leaves.tolist()):
-        path = _path(calls, row, leaf, done)
+        path = tree.path(row, leaf, done)
         for _, call, _, to, _ in path:
             done[call] = max(done[call], to)
         stretches.extend(path)
@@ -105,12 +106,12 @@ def _merge_prefix(calls: Calls) -> Layout:
 def _per_call(calls: Calls) -> Layout:
     """What a call's ancestors made is context: it counts in their own rows."""
     whole = np.flatnonzero(calls.end > 0)
-    nothing = calls.end.tolist()
+    tree, done = _Tree.of(calls), calls.end.tolist()
     stretches: list[Stretch] = []
     for row, call in enumerate(whole.tolist()):
-        nothing[call] = int(calls.prompt[call])
-        stretches.extend(_path(calls, row, call, nothing))
-        nothing[call] = int(calls.end[call])
+        done[call] = int(calls.prompt[call])
+        stretches.extend(tree.path(row, call, done))
+        done[call] = int(calls.end[call])
     return whole, stretches
 
 
@@ -129,19 +130,32 @@ def _leaves(calls: Calls) -> Array:
     return np.flatnonzero(~contained & (calls.end > 0))
 
 
-def _path(calls: Calls, row: int, leaf: int, done: list[int]) -> list[Stretch]:
-    """The stretches of the row that ends with `leaf`, first call first. done: up to where each call's tokens count elsewhere."""
-    stretches = []
-    call, to = leaf, int(calls.end[leaf])
-    while call >= 0:
-        start = int(calls.shared[call])
-        if start < to:
-            count_from = done[call] if calls.use[call] == Use.TRAINED else to
-            stretches.append((row, call, start, to, min(count_from, to)))
-            to = start
-        call = int(calls.parent[call])
-    stretches.reverse()
-    return stretches
+class _Tree(NamedTuple):
+    """The columns of Calls that a walk up the tree reads, as lists: Python is faster there."""
+
+    parent: list[int]
+    shared: list[int]
+    end: list[int]
+    trained: list[bool]
+
+    @classmethod
+    def of(cls, calls: Calls) -> _Tree:
+        columns = (calls.parent, calls.shared, calls.end, calls.trained)
+        return cls(*(column.tolist() for column in columns))
+
+    def path(self, row: int, leaf: int, done: list[int]) -> list[Stretch]:
+        """The stretches of the row that ends with `leaf`, first call first. done: up to where each call's tokens count elsewhere."""
+        stretches = []
+        call, to = leaf, self.end[leaf]
+        while call >= 0:
+            start = self.shared[call]
+            if start < to:
+                count_from = min(done[call], to) if self.trained[call] else to
+                stretches.append((row, call, start, to, count_from))
+                to = start
+            call = self.parent[call]
+        stretches.reverse()
+        return stretches
 
 
 # --- stretches to rows -----------------------------------------------------------------------------
