@@ -33,7 +33,7 @@ from actors.restart_watch import RestartWatch
 from actors.rollout_groups import GroupRollouts
 from actors.run_events import RunEvents
 from actors.runner_pool import RunnerPool
-from agl_ray.agents import LitAgent
+from agl_ray.agents import Hook, Host, LitAgent
 from agl_ray.config import RunConfig
 from agl_ray.ops.events import Event, Notice, Phase, Progress, StepDone, Validation
 from agl_ray.ops.ledger import Evaluation, Ledger
@@ -65,12 +65,13 @@ class Controller:
         base: str,
         model_path: str,
         agent: LitAgent | str,
+        hooks: tuple[Hook, ...] = (),
     ) -> None:
         self.config = RunConfig.model_validate(config)
         self.namespace, self.base, self.model_path = namespace, base, model_path
         self.folder = Path(run_folder)
         setup_logging(self.folder, process="controller", console=None)
-        self.agent = agent
+        self.agent, self.hooks = agent, hooks
         self.rows: list[Any] = []
         self.held_out: list[Any] = []
         self.store = LightningStore.connect("store", namespace=namespace)
@@ -165,6 +166,7 @@ class Controller:
             self.rows,
             resources.resources_id,
             first_position=self.ledger.next_row,
+            weight_version=lambda: self.ledger.step,
         )
         pool = RunnerPool(
             self.config,
@@ -173,6 +175,11 @@ class Controller:
             base=self.base,
             namespace=self.namespace,
             notice=lambda text: self._said.tell_soon(Notice(text=text, restarted="runner")),
+            hooks=self.hooks,
+            host=Host(
+                store_url=endpoint if self.config.store.door else None,
+                artifacts_folder=str(self.folder / "artifacts"),
+            ),
         )
         supervision = asyncio.ensure_future(pool.supervise())
         training = asyncio.ensure_future(self._train(groups))

@@ -39,7 +39,7 @@ PREFLIGHT_ROWS = 2
 class GroupRollouts:
     """Enqueues rollouts and waits for their ends.
 
-    progress(done, total): called as rollouts of the current phase end. Consecutive dropped groups are bounded: when
+    weight_version(): the newest weights, for the agent to know. progress(done, total): called as rollouts of the current phase end. Consecutive dropped groups are bounded: when
     3 x groups_per_step in a row are dropped, RunError says of what.
     """
 
@@ -51,9 +51,10 @@ class GroupRollouts:
         resources_id: str,
         *,
         first_position: int,
+        weight_version: Callable[[], int] = lambda: 0,
     ) -> None:
         self.config, self.store, self.rows = config, store, train_rows
-        self.resources_id = resources_id
+        self.resources_id, self._weight_version = resources_id, weight_version
         self.order = RowOrder(len(train_rows), config.seed, shuffle=config.data.shuffle)
         self.position = first_position  # rows handed out so far, replaced ones included
         self.dropped_groups = 0
@@ -79,7 +80,11 @@ class GroupRollouts:
                 max_attempts=settings.max_attempts,
                 retry_condition=RETRY,
             ),
-            metadata={**metadata, "sampling": sampling},
+            metadata={
+                **metadata,
+                "weight_version": self._weight_version(),
+                "sampling": sampling,
+            },
             rollout_id=new_id("ro"),
         )
 

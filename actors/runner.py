@@ -13,16 +13,16 @@ from __future__ import annotations
 
 import asyncio
 import logging
-from pathlib import Path
 from typing import Any
 
-from agl_ray.agents import LitAgent, Outcome, as_agent, run_agent
-from agl_ray.config.imports import load_object
+from agl_ray.agents import NO_HOST, Hook, Host, LitAgent, Outcome, check_hooks, settled
+from agl_ray.agents.calling import left_threads
+from agl_ray.agents.isolation import isolated
 from agl_ray.config.tracing import TracingConfig
 from agl_ray.spans import KIND_REWARD
 from agl_ray.store import LightningStore
-from agl_ray.tracing import SpanRecorder, SpanSender, follow, instrument
-from agl_ray.types import LLM, AttemptedRollout, EndReason, NamedResources
+from agl_ray.tracing import SpanRecorder, SpanSender
+from agl_ray.types import LLM, AttemptedRollout, EndReason, NamedResources, replace
 from agl_ray.waits import wait
 
 LEASE_POLL = 5.0  # seconds of one blocking dequeue
@@ -34,9 +34,9 @@ log = logging.getLogger(__name__)
 class Runner:
     """Runs attempts of one agent, up to `concurrency` at once.
 
-    agent: a LitAgent (pickled), or its import string, resolved against `base`. timeout_seconds: deadline of an attempt
-    whose rollout names none. lease_seconds: how long the store waits for a sign of life. otlp: the store's door is open beside
-    the gateway, for spans of programs that the agent starts.
+    agent: a LitAgent (pickled), or its import string, resolved against `base`. isolation: as `runners.isolation`. timeout_seconds: deadline
+    of an attempt whose rollout names none. lease_seconds: how long the store waits for a sign of life. host: what agents are told.
+    otlp: the store's door is open beside the gateway, for spans of programs that the agent starts.
     """
 
     def __init__(
@@ -51,13 +51,15 @@ class Runner:
         lease_seconds: float,
         tracing: TracingConfig,
         otlp: bool,
+        isolation: str = "inline",
+        hooks: tuple[Hook, ...] = (),
+        host: Host = NO_HOST,
     ) -> None:
         self.worker_id, self.store = worker_id, store
-        instrument(tracing.instrument)
-        self.agent = as_agent(load_object(agent, Path(base)) if isinstance(agent, str) else agent)
-        follow()
         self.otlp = otlp
         self.concurrency = concurrency
+        self.host = replace(host, worker_id=worker_id)
+        self._agents = isolated(agent, base, check_hooks(hooks), isolation, tracing.instrument)
         self.timeout_seconds, self.lease_seconds = timeout_seconds, lease_seconds
         self._open: dict[asyncio.Task[None], AttemptedRollout] = {}
         self._stopping = asyncio.Event()
@@ -69,16 +71,19 @@ class Runner:
     async def run(self) -> int:
         """Work until `stop` is called; the number of attempts that were ended here."""
         renewal = asyncio.create_task(self._renew())
-        work = asyncio.create_task(self._work(renewal))
         stop = asyncio.create_task(self._stopping.wait())
+        ends: set[asyncio.Future[Any]] = {stop}
         try:
-            await asyncio.wait({work, stop}, return_when=asyncio.FIRST_COMPLETED)
-            if work.done():
-                work.result()  # raises: it ends by itself only through an error
+            ends.add(await self._agents.start())
+            ends.add(asyncio.create_task(self._work(renewal)))
+            done, _ = await asyncio.wait(ends, return_when=asyncio.FIRST_COMPLETED)
+            for end in done:
+                end.result()  # raises, but for `stop`: the others end by themselves only through an error
         finally:
-            for task in (renewal, work, stop):
+            for task in (renewal, *ends):
                 task.cancel()
             await self._close()
+            await self._agents.close()
         return self._finished
 
     async def _work(self, renewal: asyncio.Task[None]) -> None:
@@ -134,7 +139,7 @@ class Runner:
             outcome = Outcome(reason=EndReason.ENV_ERROR, error=missing)
         else:
             try:
-                outcome = await run_agent(self.agent, attempt, resources, recorder, limit)
+                outcome = await self._agents.run(attempt, resources, recorder, limit, self.host)
             except asyncio.CancelledError:
                 outcome = Outcome(reason=EndReason.CANCELLED, error="the runner was stopped")
         await self._end(attempt, outcome, recorder, sender)
@@ -147,7 +152,7 @@ class Runner:
         sender: SpanSender,
     ) -> None:
         """Flush the spans, then end the attempt: the end is acknowledged only after its spans are."""
-        if outcome.reason is EndReason.OK and recorder.last_reward() != outcome.reward:
+        if outcome.reward is not None and recorder.last_reward() != outcome.reward:
             recorder.add(
                 name="agentlightning.annotation",
                 kind=KIND_REWARD,
@@ -158,6 +163,8 @@ class Runner:
         lost = recorder.why_lost()
         if lost is not None and outcome.reason is EndReason.OK:
             outcome = Outcome(reason=EndReason.LOST, error=lost)
+        if outcome.reason is EndReason.OK and outcome.reward is None:
+            outcome = settled(outcome, await self._posted(attempt))
         await self.store.end_attempt(
             attempt.rollout_id,
             attempt.attempt_id,
@@ -168,13 +175,24 @@ class Runner:
         )
         self._finished += 1
 
+    async def _posted(self, attempt: AttemptedRollout) -> float | None:
+        """The newest reward that came for the attempt by another way: over HTTP, from a program that the agent started."""
+        from agl_ray.store.doors.facade_events import last_reward
+
+        rows = await self.store.query_span_rows(attempt.rollout_id, attempt.attempt_id)
+        return last_reward(rows)
+
     async def _renew(self) -> None:
         """Renew the leases of what is open, three times per lease."""
         while True:
             attempts = [(a.rollout_id, a.attempt_id) for a in self._open.values()]
             await self.store.update_worker(
                 self.worker_id,
-                heartbeat_stats={"open": len(attempts), "finished": self._finished},
+                heartbeat_stats={
+                    "open": len(attempts),
+                    "finished": self._finished,
+                    "left_threads": left_threads(),
+                },
                 attempts=attempts,
             )
             await asyncio.sleep(self.lease_seconds / 3)

@@ -12,7 +12,7 @@ import ray
 from ray.actor import ActorHandle
 
 from actors.runner import Runner, runner_options
-from agl_ray.agents import LitAgent
+from agl_ray.agents import NO_HOST, Hook, Host, LitAgent
 from agl_ray.config import RunConfig
 from agl_ray.store import LightningStore
 from agl_ray.types import RunError, new_id
@@ -26,7 +26,8 @@ QUICK = 10.0
 class RunnerPool:
     """`start()` places the runners, `supervise()` runs until `stop()` and replaces the dead.
 
-    notice: called with one sentence for the person when a runner died and was replaced.
+    notice: called with one sentence for the person when a runner died and was replaced. hooks: around every rollout. host: what
+    agents are told.
     """
 
     def __init__(
@@ -38,9 +39,12 @@ class RunnerPool:
         base: str,
         namespace: str,
         notice: Callable[[str], None],
+        hooks: tuple[Hook, ...] = (),
+        host: Host = NO_HOST,
     ) -> None:
         self.config, self.store, self.agent = config, store, agent
         self.base, self.namespace, self.notice = base, namespace, notice
+        self.hooks, self.host = hooks, host
         self._handles: dict[str, ActorHandle] = {}
         self._empty = asyncio.Event()
         self._stopping = False
@@ -103,6 +107,9 @@ class RunnerPool:
                 lease_seconds=runners.lease_seconds,
                 tracing=self.config.tracing,
                 otlp=self.config.store.door,
+                isolation=runners.isolation,
+                hooks=self.hooks,
+                host=self.host,
             )
         )
 

@@ -36,6 +36,7 @@ from actors.ray_cluster import cluster_address, joined
 from actors.store import create_store, journal_settings
 from actors.store_door import door_key, store_doors
 from actors.weight_sync import create_weight_sync
+from agl_ray.agents import Hook
 from agl_ray.config import RunConfig
 from agl_ray.config.store_address import store_url
 from agl_ray.gateway.conversation import conversation
@@ -149,7 +150,13 @@ class RunSession:
         partial.rename(folder)
 
     def start_controller(
-        self, agent: Any, rows: list[Any], held_out: list[Any], base: Path, model_path: Path
+        self,
+        agent: Any,
+        rows: list[Any],
+        held_out: list[Any],
+        base: Path,
+        model_path: Path,
+        hooks: tuple[Hook, ...] = (),
     ) -> ActorHandle:
         """The controller; the learner comes up inside its `boot`, which `start_serving` begins."""
         self._rows = [ray.put(rows), ray.put(held_out)]
@@ -169,6 +176,7 @@ class RunSession:
                 base=str(base),
                 model_path=str(model_path),
                 agent=agent,
+                hooks=hooks,
             )
         )
         self._stack.callback(self._stop_controller, controller)

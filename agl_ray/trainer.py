@@ -13,7 +13,7 @@ from __future__ import annotations
 import contextlib
 import os
 import time
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -35,7 +35,7 @@ if TYPE_CHECKING:
     from ray.actor import ActorHandle
 
     from actors.session import RunSession
-    from agl_ray.agents import LitAgent
+    from agl_ray.agents import Hook, LitAgent
 
 EVENT_POLL = 1.0  # seconds of one long poll for the controller's events
 CONTROLLER_RESTARTS = 3
@@ -46,7 +46,7 @@ class Trainer:
     """Trains one agent as `config` says.
 
     config_folder: where the configuration file lies; its relative paths are looked up there too. display: what the person
-    sees; None chooses by whether there is a terminal.
+    sees; None chooses by whether there is a terminal. hooks: the user's code around every rollout (`agl_ray.Hook`); they are pickled.
     """
 
     def __init__(
@@ -55,8 +55,12 @@ class Trainer:
         *,
         config_folder: Path | None = None,
         display: Display | None = None,
+        hooks: Sequence[Hook] = (),
     ) -> None:
+        from agl_ray.agents import check_hooks
+
         self.config = config
+        self.hooks = check_hooks(hooks)
         self.base = (config_folder or Path.cwd()).resolve()
         self.display = display or make_display()
         self._started = time.time()
@@ -128,7 +132,9 @@ class Trainer:
             session.start_services()
         model_path = self.model(session)
         with self._phase("setup", "starting learner, engine and gateway"):
-            controller = session.start_controller(agent, rows, held_out, self.base, model_path)
+            controller = session.start_controller(
+                agent, rows, held_out, self.base, model_path, self.hooks
+            )
             endpoint = session.start_serving(controller, model_path)
         facts = self.follow(session, controller, endpoint)
         return session.finish(facts)

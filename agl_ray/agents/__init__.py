@@ -6,17 +6,29 @@ from agl_ray.agents.agent import (
     LitAgent,
     RolloutContext,
     as_agent,
+    llm_rollout,
+    prompt_rollout,
     rollout,
 )
-from agl_ray.agents.execute import Outcome, run_agent
+from agl_ray.agents.execute import NO_HOST, Host, Place, run_agent
+from agl_ray.agents.hooks import Hook, check_hooks
+from agl_ray.agents.outcome import Outcome, settled
 
 __all__ = [
+    "NO_HOST",
     "EnvironmentFailure",
     "FunctionAgent",
+    "Hook",
+    "Host",
     "LitAgent",
     "Outcome",
+    "Place",
     "RolloutContext",
     "as_agent",
+    "check_hooks",
+    "llm_rollout",
+    "prompt_rollout",
     "rollout",
     "run_agent",
+    "settled",
 ]

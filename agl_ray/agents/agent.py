@@ -5,12 +5,27 @@ The runner calls `run_agent` (agl_ray.agents.execute) with one of these. Nothing
 
 from __future__ import annotations
 
+import copy
 import functools
 import inspect
-from collections.abc import Callable
-from typing import Any
+import logging
+import tempfile
+from collections.abc import Callable, MutableMapping
+from pathlib import Path
+from typing import Any, Generic, Self, TypeVar
 
-from agl_ray.types import LLM, InputError, NamedResources, PromptTemplate, Record, Rollout
+from agl_ray.types import (
+    LLM,
+    AttemptedRollout,
+    InputError,
+    NamedResources,
+    PromptTemplate,
+    Record,
+    Rollout,
+)
+
+T = TypeVar("T")
+log = logging.getLogger("agl_ray.agent")
 
 INJECTED = ("llm", "prompt_template", "resources", "rollout", "ctx")
 
@@ -21,7 +36,12 @@ class EnvironmentFailure(Exception):
 
 
 class RolloutContext(Record, frozen=True):
-    """What an agent may know about the rollout it is in; ask for it with a parameter named `ctx`."""
+    """What an agent may know about the rollout it is in; ask for it with a parameter named `ctx`.
+
+    step: the training step it is for. group_index: its place among the rollouts of one row. weight_version: the newest weights when it was
+    queued (each token's own version is with the call). timeout_seconds: its deadline. store_url: root of the store's HTTP doors,
+    where `store.door` opens them. artifacts_folder: see `artifacts`.
+    """
 
     rollout_id: str
     attempt_id: str
@@ -30,32 +50,115 @@ class RolloutContext(Record, frozen=True):
     group_index: int | None = None
     attempt_number: int = 1
     timeout_seconds: float | None = None
+    weight_version: int | None = None
+    store_url: str | None = None
+    artifacts_folder: str | None = None
+
+    @property
+    def artifacts(self) -> Path:
+        """A folder of this attempt's own for whatever the agent wants to keep, made when first asked for: in a run,
+        `artifacts/ROLLOUT/ATTEMPT` in the run folder (on the runner's node)."""
+        root = self.artifacts_folder or str(Path(tempfile.gettempdir()) / "agl_ray_artifacts")
+        folder = Path(root) / self.rollout_id / self.attempt_id
+        folder.mkdir(parents=True, exist_ok=True)
+        return folder
+
+    @property
+    def logger(self) -> logging.LoggerAdapter[logging.Logger]:
+        """A logger whose lines begin with the rollout's and the attempt's id."""
+        return _Named(log, {"name": f"{self.rollout_id}/{self.attempt_id}"})
 
 
-class LitAgent:
-    """An agent as a class. Override `rollout` (plain) or `rollout_async` (a coroutine).
+class _Named(logging.LoggerAdapter[logging.Logger]):
+    def process(
+        self, msg: Any, kwargs: MutableMapping[str, Any]
+    ) -> tuple[Any, MutableMapping[str, Any]]:
+        return f"{(self.extra or {})['name']}: {msg}", kwargs
 
-    `training_rollout*` and `validation_rollout*`, where defined, are used for mode train, and for every other mode. A
-    fresh shallow copy of the object serves each rollout, so attributes set on `self` do not leak into another one.
+
+class LitAgent(Generic[T]):
+    """An agent as a class. Override `rollout` (plain) or `rollout_async` (a coroutine); `training_rollout*` and `validation_rollout*`,
+    where overridden, serve mode train, and every other mode. Each takes task, resources and rollout, and `ctx` where it names it.
+
+    Every rollout gets an object of its own, a deep copy of this one, so that nothing set on `self` reaches another rollout; an agent
+    that keeps nothing says `stateless = True` and is shared. What a module or a class holds is shared in any case, except with
+    `runners.isolation: process`.
     """
 
-    def rollout(self, task: Any, resources: NamedResources, rollout: Rollout) -> float | None:
-        """Run the agent on `task`; return the reward, or None when it was emitted."""
+    stateless: bool = False
+
+    def rollout(self, task: T, resources: NamedResources, rollout: Rollout) -> Any:
+        """Run the agent on `task`; return the reward, or None when it was emitted or posted."""
         raise InputError(
             f"{type(self).__name__}: expected one of rollout, rollout_async, training_rollout... to be defined, got none"
         )
 
+    async def rollout_async(self, task: T, resources: NamedResources, rollout: Rollout) -> Any:
+        """As `rollout`, as a coroutine."""
+        return self.rollout(task, resources, rollout)
+
+    def training_rollout(self, task: T, resources: NamedResources, rollout: Rollout) -> Any:
+        """As `rollout`, in mode train."""
+        return self.rollout(task, resources, rollout)
+
+    async def training_rollout_async(
+        self, task: T, resources: NamedResources, rollout: Rollout
+    ) -> Any:
+        """As `training_rollout`, as a coroutine."""
+        return await self.rollout_async(task, resources, rollout)
+
+    def validation_rollout(self, task: T, resources: NamedResources, rollout: Rollout) -> Any:
+        """As `rollout`, in every mode but train."""
+        return self.rollout(task, resources, rollout)
+
+    async def validation_rollout_async(
+        self, task: T, resources: NamedResources, rollout: Rollout
+    ) -> Any:
+        """As `validation_rollout`, as a coroutine."""
+        return await self.rollout_async(task, resources, rollout)
+
+    def on_rollout_start(self, task: AttemptedRollout, runner: Any, tracer: Any) -> Any:
+        """Called before each rollout, on the object that runs it; may be a coroutine. See `agl_ray.agents.Hook`."""
+
+    def on_rollout_end(
+        self, task: AttemptedRollout, rollout: AttemptedRollout, runner: Any, tracer: Any
+    ) -> Any:
+        """Called after each rollout, on the object that ran it; may be a coroutine."""
+
+    def fresh(self) -> Self:
+        """The object for one rollout. InputError where no deep copy can be made."""
+        if self.stateless:
+            return self
+        try:
+            return copy.deepcopy(self)
+        except Exception as error:
+            raise InputError(
+                f"agent {type(self).__name__}: every rollout gets a copy of its own and this object cannot be copied "
+                f"({type(error).__name__}: {error}); set stateless = True in its class where it keeps nothing between rollouts, "
+                "override fresh(self), or make the part that cannot be copied inside the rollout"
+            ) from error
+
     def method_for(self, mode: str | None) -> Callable[..., Any]:
-        """The bound method that serves `mode`."""
+        """The bound method that serves `mode`: of those that the class overrides the most special one, coroutines first."""
         prefix = "training_" if mode == "train" else "validation_"
         for name in (f"{prefix}rollout_async", f"{prefix}rollout", "rollout_async"):
-            method = getattr(self, name, None)
-            if method is not None:
-                return method  # type: ignore[no-any-return]
+            if getattr(type(self), name) is not getattr(LitAgent, name):
+                return getattr(self, name)  # type: ignore[no-any-return]
         return self.rollout
 
+    def bound(
+        self, attempt: AttemptedRollout, resources: NamedResources, ctx: RolloutContext
+    ) -> tuple[Callable[..., Any], dict[str, Any]]:
+        """The function that runs this attempt, and its arguments by name."""
+        rollout = attempt.rollout
+        method = self.method_for(rollout.mode)
+        values = {"task": rollout.input, "resources": resources, "rollout": rollout}
+        if "ctx" in inspect.signature(method).parameters:
+            values["ctx"] = ctx
+        return method, values
 
-class FunctionAgent(LitAgent):
+
+class FunctionAgent(LitAgent[Any]):
     """A function made into an agent by `@rollout`; calling it calls the function."""
 
     def __init__(self, function: Callable[..., Any]) -> None:
@@ -69,19 +172,26 @@ class FunctionAgent(LitAgent):
     def __reduce__(self) -> tuple[Any, ...]:
         return (FunctionAgent, (self.function,))
 
-    def arguments(
-        self, task: Any, resources: NamedResources, rollout: Rollout, ctx: RolloutContext
-    ) -> dict[str, Any]:
-        """Keyword arguments for the function: the task under its first parameter, the rest by name."""
+    def fresh(self) -> Self:
+        """Itself: a function keeps nothing."""
+        return self
+
+    def bound(
+        self, attempt: AttemptedRollout, resources: NamedResources, ctx: RolloutContext
+    ) -> tuple[Callable[..., Any], dict[str, Any]]:
+        """The function; the task under its first parameter, the rest by name."""
         values: dict[str, Callable[[], Any]] = {
             "llm": lambda: _only(resources, LLM, "llm"),
             "prompt_template": lambda: _only(resources, PromptTemplate, "prompt_template"),
             "resources": lambda: resources,
-            "rollout": lambda: rollout,
+            "rollout": lambda: attempt.rollout,
             "ctx": lambda: ctx,
         }
         first, *others = self.parameters
-        return {first: task, **{name: values[name]() for name in others}}
+        return self.function, {
+            first: attempt.rollout.input,
+            **{name: values[name]() for name in others},
+        }
 
 
 def rollout(function: Callable[..., Any]) -> FunctionAgent:
@@ -93,17 +203,37 @@ def rollout(function: Callable[..., Any]) -> FunctionAgent:
     return FunctionAgent(function)
 
 
+def llm_rollout(function: Callable[..., Any]) -> FunctionAgent:
+    """`rollout`, for a function with a parameter `llm` (the name that agent-lightning 0.3 gives to it). InputError without one."""
+    return _with_parameter(function, "llm")
+
+
+def prompt_rollout(function: Callable[..., Any]) -> FunctionAgent:
+    """`rollout`, for a function with a parameter `prompt_template`. InputError without one."""
+    return _with_parameter(function, "prompt_template")
+
+
+def _with_parameter(function: Callable[..., Any], name: str) -> FunctionAgent:
+    agent = FunctionAgent(function)
+    if name not in agent.parameters[1:]:
+        text = f"expected a parameter {name!r} after the task, got {list(agent.parameters)}"
+        raise InputError(f"agent {getattr(function, '__name__', function)}: {text}")
+    return agent
+
+
 def as_agent(thing: Any, what: str = "agent") -> LitAgent:
-    """`thing` as an agent: a LitAgent, a subclass of it, or a plain function; InputError for anything else."""
-    if isinstance(thing, LitAgent):
-        return thing
+    """`thing` as an agent: a LitAgent, a subclass of it, or a plain function. InputError for anything else, and for an object that
+    cannot be copied for each rollout."""
     if inspect.isclass(thing) and issubclass(thing, LitAgent):
-        return thing()
+        thing = thing()
     if inspect.isfunction(thing):
         return FunctionAgent(thing)
-    raise InputError(
-        f"{what}: expected a function (with @agl.rollout or without) or a LitAgent, got {type(thing).__name__}"
-    )
+    if not isinstance(thing, LitAgent):
+        raise InputError(
+            f"{what}: expected a function (with @agl.rollout or without) or a LitAgent, got {type(thing).__name__}"
+        )
+    thing.fresh()
+    return thing
 
 
 def _check_parameters(function: Callable[..., Any]) -> tuple[str, ...]:

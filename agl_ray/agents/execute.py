@@ -1,36 +1,46 @@
-"""Run an agent on one attempt: a coroutine, or a thread for a plain function, under a deadline.
+"""Run an agent on one attempt, under a deadline: on this loop, in a thread, or as all there is in a process of its own.
 
-Called by the runner actor; a unit test calls it without Ray. What comes out is an `Outcome`: an end reason and, only for
-`ok`, a reward. A failure is never a reward (contract 1).
+Called by the runner actor, by the child of a fork server, and by `agl_ray.agents.dev`; a unit test calls it without Ray. What comes out is
+an `Outcome`: an end reason and, only for `ok`, a reward. A failure is never a reward (contract 1).
 """
 
 from __future__ import annotations
 
 import asyncio
-import copy
-import inspect
-import traceback
+import contextlib
+import enum
+from collections.abc import Coroutine, Sequence
 from typing import Any
 
-from agl_ray.agents.agent import EnvironmentFailure, FunctionAgent, LitAgent, RolloutContext
-from agl_ray.tracing import SpanRecorder, finite_reward, recording
-from agl_ray.types import (
-    LLM,
-    AttemptedRollout,
-    EndReason,
-    EngineError,
-    NamedResources,
-    Record,
-    replace,
-)
+from agl_ray.agents.agent import LitAgent, RolloutContext
+from agl_ray.agents.calling import LEAVE, call, in_thread, in_threads
+from agl_ray.agents.hooks import Hook, HookRunner, Hooks
+from agl_ray.agents.outcome import Outcome, raised, returned
+from agl_ray.tracing import SpanRecorder, recording
+from agl_ray.types import LLM, AttemptedRollout, EndReason, NamedResources, Record, replace
+from agl_ray.waits import wait
+
+LEFT = "; it cannot be stopped where it is and goes on in vain (runners.isolation: process ends such agents)"
+HOOK_SECONDS = 30.0  # of the hooks at the end, which come after the agent's deadline
 
 
-class Outcome(Record, frozen=True):
-    """How an attempt ended. `reward` is None unless `reason` is OK; `error` is a paragraph for people."""
+class Place(enum.Enum):
+    """Where the agent runs."""
 
-    reason: EndReason
-    reward: float | None = None
-    error: str | None = None
+    INLINE = "inline"  # a coroutine on this loop, a plain function in a thread
+    THREAD = "thread"  # all of it in a thread, on a loop of its own
+    HERE = "here"  # all of it here, plain functions too: this process has nothing else to do
+
+
+class Host(Record, frozen=True):
+    """What a runner tells the agents that it runs, beside their attempt; see RolloutContext."""
+
+    worker_id: str = "local"
+    store_url: str | None = None
+    artifacts_folder: str | None = None
+
+
+NO_HOST = Host()
 
 
 def resources_for(attempt: AttemptedRollout, resources: NamedResources) -> NamedResources:
@@ -48,8 +58,10 @@ def resources_for(attempt: AttemptedRollout, resources: NamedResources) -> Named
     }
 
 
-def context_of(attempt: AttemptedRollout, timeout_seconds: float) -> RolloutContext:
-    """The context object of an attempt; step and group index come from the rollout's metadata."""
+def context_of(
+    attempt: AttemptedRollout, timeout_seconds: float, host: Host = NO_HOST
+) -> RolloutContext:
+    """The context object of an attempt; step, group index and weight version come from the rollout's metadata."""
     metadata = attempt.rollout.metadata
     return RolloutContext(
         rollout_id=attempt.rollout_id,
@@ -57,8 +69,11 @@ def context_of(attempt: AttemptedRollout, timeout_seconds: float) -> RolloutCont
         mode=attempt.rollout.mode,
         step=metadata.get("step"),
         group_index=metadata.get("group_index"),
+        weight_version=metadata.get("weight_version"),
         attempt_number=attempt.attempt.sequence_id,
         timeout_seconds=timeout_seconds,
+        store_url=host.store_url,
+        artifacts_folder=host.artifacts_folder,
     )
 
 
@@ -68,97 +83,108 @@ async def run_agent(
     resources: NamedResources,
     recorder: SpanRecorder,
     timeout_seconds: float,
+    *,
+    hooks: Sequence[Hook] = (),
+    host: Host = NO_HOST,
+    place: Place = Place.INLINE,
 ) -> Outcome:
-    """Run `agent` on the attempt's input for at most `timeout_seconds` and say how it ended; never raises for the
-    agent's faults. A plain function that overruns cannot be stopped inside its thread: it is left behind, and the
-    gateway refuses its later calls because the attempt has ended."""
-    ctx = context_of(attempt, timeout_seconds)
+    """Run `agent` on the attempt's input for at most `timeout_seconds` and say how it ended; never raises for the agent's faults.
+
+    At the deadline a coroutine is cancelled. A plain function cannot be stopped inside its thread, nor a coroutine that ignores its
+    cancellation: they are left behind, and the gateway refuses their later calls because the attempt has ended. OK without a reward: it
+    gave none itself (`outcome.settled`).
+    """
+    ctx = context_of(attempt, timeout_seconds, host)
+    apart = place is not Place.HERE
     try:
-        with recording(recorder):
-            value = await asyncio.wait_for(
-                _call(agent, attempt, resources_for(attempt, resources), ctx), timeout_seconds
-            )
-    except TimeoutError:
-        return Outcome(
-            reason=EndReason.TIMEOUT, error=f"the agent ran longer than {timeout_seconds:g} s"
+        own = agent.fresh()
+        around = Hooks(hooks, own, HookRunner(host.worker_id, ctx), attempt, recorder, apart=apart)
+        work = _work(own, attempt, resources_for(attempt, resources), ctx, recorder, around, place)
+    except Exception as error:  # noqa: BLE001  the agent's own `fresh` may raise anything
+        return raised(error, attempt)
+    if place is Place.THREAD:
+        work = _in_own_loop(work)
+    outcome = await _until(work, attempt, timeout_seconds)
+    try:
+        await wait(
+            around.rollout_end(outcome), on="the hooks' on_rollout_end", seconds=HOOK_SECONDS
         )
+    except Exception as error:  # noqa: BLE001  a hook may raise anything
+        return raised(error, attempt)
+    return outcome
+
+
+async def _work(
+    agent: LitAgent,
+    attempt: AttemptedRollout,
+    resources: NamedResources,
+    ctx: RolloutContext,
+    recorder: SpanRecorder,
+    hooks: Hooks,
+    place: Place,
+) -> Outcome:
+    with recording(recorder):
+        await hooks.rollout_start()
+        await hooks.trace_start()
+        function, arguments = agent.bound(attempt, resources, ctx)
+        value = await call(function, arguments, apart=place is Place.INLINE)
+        await hooks.trace_end()
+    return returned(value, recorder)
+
+
+async def _until(
+    work: Coroutine[Any, Any, Outcome], attempt: AttemptedRollout, seconds: float
+) -> Outcome:
+    """The outcome of `work`, in a task of its own: one that ignores its cancellation must not hold us."""
+    threads: list[asyncio.Future[Any]] = []
+    in_threads.set(threads)
+    task = asyncio.ensure_future(work)
+    try:
+        done, _ = await asyncio.wait({task}, timeout=seconds)
+        if not done:
+            await _cancel(task)
+            left = not task.done() or not all(one.done() for one in threads)
+            return overrun(seconds, LEFT if left else "")
     except asyncio.CancelledError:
+        await _cancel(task)
         raise
-    except EnvironmentFailure as error:
-        return Outcome(reason=EndReason.ENV_ERROR, error=_describe(error))
-    except EngineError as error:
-        return Outcome(reason=EndReason.ENGINE_ERROR, error=_describe(error))
-    except Exception as error:  # noqa: BLE001  the agent's code may raise anything
-        unanswered = _is_unanswered_call(error, attempt)
-        reason = EndReason.ENGINE_ERROR if unanswered else EndReason.AGENT_ERROR
-        return Outcome(reason=reason, error=_describe(error))
-    return _judge(value, recorder)
+    error = asyncio.CancelledError() if task.cancelled() else task.exception()
+    return task.result() if error is None else raised(error, attempt)
 
 
-def _judge(value: Any, recorder: SpanRecorder) -> Outcome:
-    """The outcome of an agent that returned `value`."""
-    if value is None:
-        value = recorder.last_reward()
-        if value is None:
-            return Outcome(
-                reason=EndReason.AGENT_ERROR,
-                error="the agent returned None and emitted no reward: return a number or call agl.emit_reward",
-            )
-        return Outcome(reason=EndReason.OK, reward=value)
-    try:
-        reward = finite_reward(value)
-    except ValueError:
-        return Outcome(
-            reason=EndReason.AGENT_ERROR,
-            error=f"the agent returned {value!r} as its reward: expected a finite number or None",
-        )
-    return Outcome(reason=EndReason.OK, reward=reward)
+def overrun(seconds: float, more: str = "") -> Outcome:
+    """The outcome of an agent whose deadline passed."""
+    text = f"the agent ran longer than {seconds:g} s{more}"
+    return Outcome(reason=EndReason.TIMEOUT, error=text)
 
 
-async def _call(
-    agent: LitAgent, attempt: AttemptedRollout, resources: NamedResources, ctx: RolloutContext
-) -> Any:
-    rollout = attempt.rollout
-    if isinstance(agent, FunctionAgent):
-        function: Any = agent.function
-        kwargs = agent.arguments(rollout.input, resources, rollout, ctx)
-    else:
-        function = copy.copy(agent).method_for(rollout.mode)
-        kwargs = {"task": rollout.input, "resources": resources, "rollout": rollout}
-    try:
-        if inspect.iscoroutinefunction(function):
-            return await function(**kwargs)
-        return await asyncio.to_thread(function, **kwargs)
-    except SystemExit as error:  # asyncio would end the whole runner with it
-        raise RuntimeError(f"the agent called sys.exit({error.code})") from error
+async def _cancel(task: asyncio.Task[Any]) -> None:
+    """Cancel `task` and give it a little more than what a thread gets."""
+    task.cancel()
+    task.add_done_callback(_seen)
+    await asyncio.wait({task}, timeout=LEAVE + 0.5)
 
 
-def _is_unanswered_call(error: BaseException, attempt: AttemptedRollout) -> bool:
-    """Whether the agent failed because a call to its model got no answer: an HTTP client's exception about this attempt's own URL
-    (httpx, and what OpenAI's and Anthropic's clients make of it) without a status, or with one of 500 and above."""
-    own = f"/rollout/{attempt.rollout_id}/attempt/{attempt.attempt_id}/"
-    link: BaseException | None = error
-    while link is not None:
-        if own in _url(link):
-            status = getattr(link, "status_code", None)
-            return status is None or int(status) >= 500
-        link = link.__cause__ or link.__context__
-    return False
+def _seen(task: asyncio.Task[Any]) -> None:
+    """What an agent raises after its end is no longer of interest, and asyncio would complain of it."""
+    if not task.cancelled():
+        task.exception()
 
 
-def _url(error: BaseException) -> str:
-    try:
-        return str(getattr(getattr(error, "request", None), "url", ""))
-    except RuntimeError:  # httpx raises it where an exception was made without a request
-        return ""
+async def _in_own_loop(work: Coroutine[Any, Any, Outcome]) -> Outcome:
+    """`work` in a thread with a loop of its own; cancelled, it is cancelled there."""
+    begun: list[tuple[asyncio.AbstractEventLoop, asyncio.Task[Any]]] = []
 
+    async def main() -> Outcome:
+        task = asyncio.current_task()
+        assert task is not None
+        begun.append((asyncio.get_running_loop(), task))
+        return await work
 
-def _describe(error: BaseException) -> str:
-    """One paragraph: the exception, and the last line of the user's code that was on the stack."""
-    frames = traceback.extract_tb(error.__traceback__)
-    own = [
-        frame for frame in frames if "agl_ray" not in frame.filename.replace("\\", "/").split("/")
-    ]
-    user = [frame for frame in own if "site-packages" not in frame.filename] or frames
-    where = f" (at {user[-1].filename}:{user[-1].lineno} in {user[-1].name})" if user else ""
-    return f"{type(error).__name__}: {error}{where}"
+    def stop() -> None:
+        for loop, task in begun:
+            with contextlib.suppress(RuntimeError):  # it has just ended and closed its loop
+                loop.call_soon_threadsafe(task.cancel)
+
+    outcome: Outcome = await in_thread(lambda: asyncio.run(main()), stop)
+    return outcome

@@ -13,6 +13,7 @@ from pydantic import Field, model_validator
 
 from agl_ray.config.algorithm import AlgorithmConfig
 from agl_ray.config.credit import CreditConfig
+from agl_ray.config.runners import RunnersConfig
 from agl_ray.config.section import Fraction, NonNegative, Positive, PositiveFloat, Section
 from agl_ray.config.tracing import TracingConfig
 from agl_ray.config.trajectory import TrajectoryConfig
@@ -74,17 +75,6 @@ class ValidationConfig(Section):
     """Validate each `every` steps as well as before and after; 0 = only before and after."""
     temperature: PositiveFloat = 1.0
     """Sampling temperature of validation; its own, never the training one by accident."""
-
-
-class RunnersConfig(Section):
-    num_runners: Positive = 1
-    """Runner actors in the pool, spread over the nodes."""
-    concurrency: Positive = 64
-    """Rollouts that one runner works on at once."""
-    lease_seconds: PositiveFloat = 30.0
-    """A runner that Ray cannot see to be dead but that renews no lease for this long loses its attempts (`lost`)."""
-    num_cpus: Annotated[float, Field(ge=0)] = 0.1
-    """CPUs that Ray reserves for one runner."""
 
 
 class EngineConfig(Section):

@@ -111,6 +111,11 @@ class SpanRecorder:
         self.add_row(row)
         return str(row["span_id"])
 
+    def rows(self) -> list[dict[str, Any]]:
+        """The rows that wait to be taken."""
+        with self._lock:
+            return list(self._rows)
+
     def add_row(self, row: dict[str, Any]) -> None:
         """Record a whole row. RuntimeError where the attempt has ended or this is a forked copy of its process."""
         if not self.is_own_process():

@@ -17,6 +17,7 @@ from agl_ray.store import LightningStore
 from agl_ray.types import LLM, AgentFailure, EndReason, RunError, new_id
 
 AGENTS = Path(__file__).parent / "agents_for_tests.py"
+BAD_AGENTS = str(Path(__file__).parent.parent / "unit" / "bad_agents.py") + ":misbehaves"
 
 
 def config(**rollout: Any) -> RunConfig:
@@ -51,7 +52,7 @@ async def with_pool(
     pool = RunnerPool(
         settings,
         store,
-        f"{AGENTS}:{agent}",
+        agent if ":" in agent else f"{AGENTS}:{agent}",
         base=str(AGENTS.parent),
         namespace=new_id("pool"),
         notice=notices.append,
@@ -132,5 +133,27 @@ def test_groups_that_keep_failing_end_the_run_with_their_reason(store: Lightning
                 [{"reward": 1.0}],
                 lambda groups: groups.group(1, lambda n: None),
             )
+
+    asyncio.run(scenario())
+
+
+@pytest.mark.slow
+def test_processes_of_their_own_keep_the_pool_alive(store: LightningStore) -> None:
+    """Crashes, exits and hangs end their own attempts only: no runner dies, and the other rollouts go on."""
+    rows = [{"do": do} for do in ("os_exit", "crash", "hang", "nothing", "nothing", "nothing")]
+
+    async def scenario() -> None:
+        settings = config(max_attempts=1, timeout_seconds=1.0)
+        runners = settings.runners.model_copy(update={"isolation": "process"})
+        evaluation, notices = await with_pool(
+            settings.model_copy(update={"runners": runners}),
+            store,
+            BAD_AGENTS,
+            rows,
+            lambda groups: groups.evaluate(rows, 0, lambda n: None),
+        )
+        assert evaluation.scores == [1.0] * 3
+        assert evaluation.failures == {"agent_error": 2, "timeout": 1}
+        assert notices == []
 
     asyncio.run(scenario())

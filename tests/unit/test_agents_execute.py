@@ -10,14 +10,21 @@ import httpx
 import pytest
 
 import agl_ray as agl
-from agl_ray.agents import Outcome, as_agent, run_agent
+from agl_ray.agents import Outcome, Place, as_agent, run_agent, settled
 from agl_ray.tracing import SpanRecorder, emit_reward
 from agl_ray.types import Attempt, AttemptedRollout, EndReason, InputError, Rollout
 
 RESOURCES = {"main_llm": agl.LLM(endpoint="http://127.0.0.1:1", model="m")}
 
 
-def run(agent: Any, *, timeout: float = 5.0, mode: str = "train", task: Any = 1) -> Outcome:
+def run(
+    agent: Any,
+    *,
+    timeout: float = 5.0,
+    mode: str = "train",
+    task: Any = 1,
+    place: Place = Place.INLINE,
+) -> Outcome:
     attempt = AttemptedRollout(
         rollout=Rollout(
             rollout_id="ro-1", input=task, start_time=0.0, mode=mode, metadata={"step": 3}
@@ -25,7 +32,8 @@ def run(agent: Any, *, timeout: float = 5.0, mode: str = "train", task: Any = 1)
         attempt=Attempt(rollout_id="ro-1", attempt_id="at-1", sequence_id=1, start_time=0.0),
     )
     recorder = SpanRecorder("ro-1", "at-1")
-    return asyncio.run(run_agent(as_agent(agent), attempt, RESOURCES, recorder, timeout))
+    work = run_agent(as_agent(agent), attempt, RESOURCES, recorder, timeout, place=place)
+    return settled(asyncio.run(work))
 
 
 def test_the_llm_points_at_the_attempt() -> None:

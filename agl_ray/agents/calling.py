@@ -1,0 +1,111 @@
+"""Calling code that is not ours: a coroutine or a plain function that may raise, exit, fork or never come back.
+
+Called by `agl_ray.agents.execute`. Test alone: tests/unit/test_agents_execute.py.
+"""
+
+from __future__ import annotations
+
+import asyncio
+import contextvars
+import inspect
+import os
+import threading
+from collections.abc import Callable
+from contextvars import ContextVar
+from typing import Any
+
+LEAVE = 1.0  # seconds that an agent gets to end once it has been cancelled
+
+_left: set[threading.Thread] = set()
+in_threads: ContextVar[list[asyncio.Future[Any]] | None] = ContextVar("in_threads", default=None)
+"""Where set, `in_thread` adds what it awaits: whoever cancels can see what goes on all the same."""
+
+
+def left_threads() -> int:
+    """Threads of plain functions that nobody waits for any more (their deadline passed) and that still run: they cannot be ended."""
+    _left.intersection_update([thread for thread in _left if thread.is_alive()])
+    return len(_left)
+
+
+async def call(function: Callable[..., Any], kwargs: dict[str, Any], *, apart: bool) -> Any:
+    """What `function(**kwargs)` returns, awaited where it is a coroutine.
+
+    apart: run a plain function in a thread of its own, so that this loop goes on; cancelled, the thread is left behind. SystemExit and
+    KeyboardInterrupt, with which asyncio would end the whole process, become RuntimeError.
+    """
+    pid = os.getpid()
+    try:
+        if inspect.iscoroutinefunction(function):
+            return await function(**kwargs)
+        if apart:
+            value = await in_thread(lambda: _plain(function, kwargs))
+        else:
+            value = _plain(function, kwargs)
+        return await value if inspect.isawaitable(value) else value
+    except (SystemExit, KeyboardInterrupt) as error:
+        raise _as_error(error) from error
+    finally:
+        _end_copy(pid)
+
+
+def _plain(function: Callable[..., Any], kwargs: dict[str, Any]) -> Any:
+    pid = os.getpid()
+    try:
+        return function(**kwargs)
+    except (SystemExit, KeyboardInterrupt) as error:
+        raise _as_error(error) from error
+    finally:
+        _end_copy(pid)
+
+
+def _as_error(error: BaseException) -> RuntimeError:
+    if isinstance(error, SystemExit):
+        return RuntimeError(f"the agent called sys.exit({error.code})")
+    return RuntimeError("the agent raised KeyboardInterrupt")
+
+
+def _end_copy(pid: int) -> None:
+    """A process that the agent has made with os.fork comes out of the agent, too; there must not be two of us."""
+    if os.getpid() != pid:
+        os._exit(0)
+
+
+async def in_thread(work: Callable[[], Any], stop: Callable[[], None] | None = None) -> Any:
+    """What `work()` returns, from a thread of its own: never one of a pool, which a few that hang would fill.
+
+    stop: called when this is cancelled; the thread then gets LEAVE seconds to end. Else, and after them, it is left behind.
+    """
+    loop = asyncio.get_running_loop()
+    ended: asyncio.Future[tuple[Any, BaseException | None]] = loop.create_future()
+    context = contextvars.copy_context()
+
+    def tell(value: Any, error: BaseException | None) -> None:
+        if not ended.done():
+            ended.set_result((value, error))
+
+    def run() -> None:
+        value, error = None, None
+        try:
+            value = context.run(work)
+        except BaseException as caught:  # noqa: BLE001  raised again where it is awaited
+            error = caught
+        if not loop.is_closed():  # left behind, and its runner has gone
+            loop.call_soon_threadsafe(tell, value, error)
+
+    thread = threading.Thread(target=run, name="agent", daemon=True)
+    thread.start()
+    known = in_threads.get()
+    if known is not None:
+        known.append(ended)
+    try:
+        await asyncio.wait({ended})  # which leaves `ended` as it is when this is cancelled
+    except asyncio.CancelledError:
+        if stop is not None:
+            stop()
+            await asyncio.wait({ended}, timeout=LEAVE)
+        _left.add(thread)
+        raise
+    value, error = ended.result()
+    if error is not None:
+        raise error
+    return value
