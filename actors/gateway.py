@@ -34,10 +34,11 @@ from agl_ray.gateway.engine_api import GenerateChunk, GenerateRequest, GenerateR
 from agl_ray.gateway.http import GatewayApp
 from agl_ray.gateway.render import Renderer
 from agl_ray.store.client import LightningStore
-from agl_ray.types import EngineError, InputError, WaitTimeout
+from agl_ray.types import EngineError, InputError, RunError, WaitTimeout
 
 DRAIN_SECONDS = 0.2  # a stopping replica takes new calls for so long; calls in flight get 5 s more (Serve's own margin)
 GATEWAYS = "gateway/"  # every gateway process that starts leaves a key under it in the store
+PROXY_SECONDS = 60.0  # Serve's own limit for its proxies to come up
 REPLICA_PORTS = 200  # width of the port range in which gateway replicas listen
 
 
@@ -162,16 +163,18 @@ def gateway_deployment(
 def serve_environment(config: RunConfig) -> dict[str, str]:
     """Environment variables that Serve's processes need; set them before `ray.init` starts (or joins) the cluster.
 
-    For `gateway.proxy: serve` that is an empty dictionary. For `haproxy` the dictionary is another one at each call: free ports for its
-    metrics and statistics pages (9101 and 8404 would clash with another cluster's), private files, a range of replica ports, and a
-    short drain.
+    For `gateway.proxy: haproxy` the dictionary is another one at each call: free ports for its metrics and statistics pages (9101 and
+    8404 would clash with another cluster's), private files, a range of replica ports, and a short drain.
     """
+    # Serve's own 5 s are short for a busy machine: it would kill the proxy that is coming up, and fail the start with it.
+    patience = {"RAY_SERVE_PROXY_READY_CHECK_TIMEOUT_S": str(PROXY_SECONDS)}
     if config.gateway.proxy == "serve":
-        return {}
+        return patience
     metrics, stats = _free_ports("127.0.0.1", 2)
     folder = _short_folder(f"agl{os.getpid()}-{metrics}")
     first = _free_range(REPLICA_PORTS)
     return {
+        **patience,
         "RAY_SERVE_ENABLE_HA_PROXY": "1",
         "RAY_SERVE_HAPROXY_METRICS_PORT": str(metrics),
         "RAY_SERVE_HAPROXY_STATS_PORT": str(stats),
@@ -199,9 +202,11 @@ def check_door(config: RunConfig) -> None:
 def start_serve(config: RunConfig) -> tuple[str, int]:
     """Start Serve with its HTTP door at `gateway.host` and `gateway.port` (0: a free one) and return (host, port).
 
-    Ray must be initialised. InputError when the port is taken or the address is not of this machine.
+    Ray must be initialised. InputError when the port is taken or the address is not of this machine, WaitTimeout or RunError when
+    Serve's proxy does not come up.
     """
     from ray import serve
+    from ray.exceptions import RayActorError
 
     host, port = config.gateway.host, config.gateway.port
     if port == 0:
@@ -210,7 +215,14 @@ def start_serve(config: RunConfig) -> tuple[str, int]:
         _check_free(host, port)
     if folder := os.environ.get("RAY_SERVE_HAPROXY_SERVER_STATE_BASE"):
         atexit.register(shutil.rmtree, folder, ignore_errors=True)
-    serve.start(http_options={"host": host, "port": port, "request_timeout_s": None})
+    try:
+        serve.start(http_options={"host": host, "port": port, "request_timeout_s": None})
+    except TimeoutError as error:
+        raise WaitTimeout(
+            f"Serve's HTTP proxy at {host}:{port} to start", PROXY_SECONDS, str(error)
+        ) from error
+    except RayActorError as error:
+        raise RunError(f"Serve's HTTP proxy at {host}:{port} died at its start: {error}") from error
     return host, port
 
 
