@@ -34,6 +34,7 @@ from agl_ray.store.journals.base import (
     SpanRow,
     SpanTotals,
 )
+from agl_ray.store.journals.sqlite_log import check_log
 from agl_ray.store.journals.sqlite_read import fields, read_live, records
 from agl_ray.store.journals.sqlite_schema import TABLES, UPSERT, VERSION
 from agl_ray.store.payload import SCHEMA_PRINT
@@ -74,6 +75,7 @@ class SqliteJournal:
                 )
             self.path.parent.mkdir(parents=True, exist_ok=True)
             self._take_lock()
+            check_log(self.path)
             self._writer = self._connect()
             starts = self._prepare(self._writer)
             self._reader = self._connect()
