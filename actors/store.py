@@ -10,6 +10,7 @@ tests/integration/test_store_actor.py, tests/faults/test_store_kill.py.
 from __future__ import annotations
 
 import asyncio
+import logging
 import os
 import time
 import warnings
@@ -19,10 +20,15 @@ from agl_ray.config.models import StoreConfig
 from agl_ray.config.store_address import masked
 from agl_ray.store.client import LightningStore
 from agl_ray.store.core import StoreCore
+from agl_ray.store.doors import wire
+from agl_ray.store.doors.messages import answer_message
 from agl_ray.store.journals.settings import JournalSettings
 from agl_ray.store.lane import Command, answer_each
+from agl_ray.store.link import Address, LinkDoor
 from agl_ray.store.transport import ActorTransport
 from agl_ray.types import StoreError
+
+log = logging.getLogger("agl_ray.store")
 
 MAX_CONCURRENCY = 10_000  # every blocked dequeue and wait of a run holds one place
 RETRY_SECONDS = 2.0  # between two tries to open a journal that failed
@@ -40,6 +46,7 @@ class Store:
         self._failure: StoreError | None = None
         self._tried_at = 0.0
         self._restarted = _restarted()
+        self._door = LinkDoor(self.message)
 
     async def call(self, command: str, *arguments: Any) -> Any:
         """Run one command of `StoreCore` by name."""
@@ -50,9 +57,26 @@ class Store:
             core = await self._open()
         return await getattr(core, command)(*arguments)
 
-    async def call_many(self, commands: list[Command]) -> list[Any]:
-        """Run several commands, begun in their order; per command its result or its error."""
+    async def message(self, body: bytes) -> bytes:
+        """Run the commands of a message (`agl_ray.store.doors.messages`), begun in their order."""
+        try:
+            return await answer_message(self._run, body)
+        except Exception as error:  # nobody may wait for an answer that does not come
+            log.exception("store: a message could not be answered")
+            return wire.encode_error(error)
+
+    async def _run(self, commands: list[Command], _seconds: float) -> list[Any]:
         return await answer_each(self.call, commands)
+
+    async def link(self) -> Address | None:
+        """Where this process takes messages without Ray's part in it; None where it cannot listen."""
+        import ray
+
+        try:
+            return await self._door.open(ray.util.get_node_ip_address())
+        except OSError as error:
+            log.warning("store: commands travel in calls of its actor, which is slower: %s", error)
+            return None
 
     async def pid(self) -> int:
         """The process id of this life (fault tests kill it)."""

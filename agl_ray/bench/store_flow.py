@@ -3,8 +3,8 @@
 Rollouts are queued before the clock starts. Two profiles, the same for us and for others:
 
 - `light`: 4 spans of 8 text attributes of 100 characters. Ours go as a runner sends them: recorded while the agent runs, one Arrow batch
-  at the end, then the attempt's end. `single` is the same with a call of the store for every span; in `together` batch and end are sent
-  at once, the end naming the number of spans, so that they travel in one message and are one commit.
+  that travels with the attempt's end. `single` is the same with a call of the store for every span; in `together` batch and end are two
+  calls made at once, the end naming the number of spans.
 - `heavy`: 4 model calls of 4,096 prompt ids, 200 response ids and their log-probabilities, a call of the store for each, as the gateway
   sends them.
 
@@ -18,6 +18,8 @@ import itertools
 import random
 import time
 from typing import Any, NamedTuple, Protocol
+
+import pyarrow as pa
 
 from agl_ray.bench.store_places import Meter
 from agl_ray.spans import KIND_CALL, KIND_SPAN, span_batch
@@ -113,22 +115,22 @@ class StoreFlows:
             return False
         key = (taken.rollout_id, taken.attempt_id)
         if self.material.profile == "together":
-            await asyncio.gather(self._add_all(key), self._end(key, SPANS))
+            adding = self.store.add_spans(*key, self._batch(key))
+            await asyncio.gather(adding, self._end(key, expected_spans=SPANS))
             return True
         if self.material.profile == "light":
-            await self._add_all(key)
-        else:
-            for _ in range(SPANS):
-                await self.store.add_spans(*key, span_batch([self.material.row(*key)]))
+            await self._end(key, spans=self._batch(key))
+            return True
+        for _ in range(SPANS):
+            await self.store.add_spans(*key, span_batch([self.material.row(*key)]))
         await self._end(key)
         return True
 
-    async def _add_all(self, key: tuple[str, str]) -> None:
-        rows = [self.material.row(*key) for _ in range(SPANS)]
-        await self.store.add_spans(*key, span_batch(rows))
+    def _batch(self, key: tuple[str, str]) -> pa.RecordBatch:
+        return span_batch([self.material.row(*key) for _ in range(SPANS)])
 
-    async def _end(self, key: tuple[str, str], num_spans: int | None = None) -> None:
-        await self.store.end_attempt(*key, EndReason.OK, reward=1.0, expected_spans=num_spans)
+    async def _end(self, key: tuple[str, str], **given: Any) -> None:
+        await self.store.end_attempt(*key, EndReason.OK, reward=1.0, **given)
 
     async def totals(self) -> tuple[int, int]:
         counts = await self.store.statistics()

@@ -5,6 +5,7 @@ from __future__ import annotations
 import functools
 import json
 import secrets
+import struct
 from collections.abc import Mapping, Sequence
 from typing import Any
 
@@ -14,7 +15,8 @@ from agl_ray.spans.schema import SPAN_SCHEMA
 
 _NAMES = frozenset(SPAN_SCHEMA.names)
 _TYPES = [(field.name, field.type) for field in SPAN_SCHEMA]
-FEW = 8  # rows
+_PACKED = {"prompt_ids": "i", "response_ids": "i", "response_logprobs": "f"}
+"""Columns of long lists of numbers -> how `struct` writes one of them."""
 _MAPS = ("attributes", "resource")
 _JSON = ("events", "links")
 
@@ -30,27 +32,42 @@ def span_batch(rows: Sequence[Mapping[str, Any]]) -> pa.RecordBatch:
     `attributes` and `resource` are dictionaries of JSON values, `events` and `links` lists of JSON values;
     `weight_versions` is a list of (start, version). ValueError names an unknown column.
     """
-    for row in rows:
-        unknown = row.keys() - _NAMES
-        if unknown:
-            raise ValueError(
-                f"span column {sorted(unknown)[0]!r}: expected one of {sorted(_NAMES)}"
-            )
-    arrays = [_column(name, kind, rows) for name, kind in _TYPES]
+    given = set().union(*rows)
+    if not given <= _NAMES:
+        raise ValueError(f"span column {min(given - _NAMES)!r}: expected one of {sorted(_NAMES)}")
+    arrays = [
+        _column(name, kind, rows) if name in given else _nulls(name, len(rows))
+        for name, kind in _TYPES
+    ]
     return pa.RecordBatch.from_arrays(arrays, schema=SPAN_SCHEMA)
 
 
 def _column(name: str, kind: pa.DataType, rows: Sequence[Mapping[str, Any]]) -> pa.Array:
-    # Most columns of a lone span are empty: that costs a tenth of what making them from Nones does. (Slices of long columns of this
-    # kind would carry all their rows.)
-    if len(rows) <= FEW and all(row.get(name) is None for row in rows):
-        return _nulls(kind, len(rows))
-    return pa.array([_value(name, row.get(name)) for row in rows], kind)
+    values = [_value(name, row.get(name)) for row in rows]
+    if name in _PACKED and len(values) == 1:
+        packed = _packed(kind, _PACKED[name], values[0])
+        if packed is not None:
+            return packed
+    return pa.array(values, kind)
 
 
-@functools.lru_cache(maxsize=256)
-def _nulls(kind: pa.DataType, number: int) -> pa.Array:
-    return pa.nulls(number, kind)
+@functools.lru_cache(maxsize=1024)
+def _nulls(name: str, number: int) -> pa.Array:
+    """An empty column: it costs a tenth of what making it from Nones does."""
+    return pa.nulls(number, SPAN_SCHEMA.field(name).type)
+
+
+def _packed(kind: pa.DataType, code: str, values: Any) -> pa.Array | None:
+    """One list of numbers as a column, in a third of the time that Arrow takes for thousands of Python numbers. None where they are
+    no plain numbers of this kind: Arrow says what is wrong with them."""
+    if not isinstance(values, (list, tuple)):
+        return None
+    try:
+        data = struct.pack(f"{len(values)}{code}", *values)
+    except (struct.error, OverflowError):
+        return None
+    numbers = pa.Array.from_buffers(kind.value_type, len(values), [None, pa.py_buffer(data)])
+    return pa.ListArray.from_arrays(pa.array([0, len(values)], pa.int32()), numbers, type=kind)
 
 
 def _value(name: str, value: Any) -> Any:

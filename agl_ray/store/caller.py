@@ -134,16 +134,12 @@ class StoreCaller:
         return self._gathering is not None and self._gathering.gathers()
 
     async def _send(self, first: Sequence[Command], again: Sequence[Command]) -> Sequence[Any]:
-        """Carry the lane's commands; a single one needs no list around it."""
+        """Carry the lane's commands."""
         seconds, transport = self._answer_seconds, self._gathering
         assert transport is not None
 
         async def ask(repeated: bool) -> Sequence[Any]:
-            commands = again if repeated else first
-            if len(commands) > 1:
-                return await transport.call_many(commands, seconds=seconds)
-            name, given = commands[0]
-            return [await transport.call(name, *given, seconds=seconds)]
+            return await transport.call_many(again if repeated else first, seconds=seconds)
 
         return await self._until_back(ask, first[0][0])
 

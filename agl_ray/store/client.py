@@ -13,11 +13,12 @@ from collections.abc import AsyncIterator, Iterable, Sequence
 from typing import Any
 
 import msgspec
+import pyarrow as pa
 from msgspec import UNSET, UnsetType
 
 from agl_ray.store.checks import clean_text, json_value
 from agl_ray.store.requests import request_id_of, rollout_id_of
-from agl_ray.store.span_calls import SpanCalls
+from agl_ray.store.span_calls import SpanCalls, span_item
 from agl_ray.store.state import AttemptKey
 from agl_ray.types import (
     Attempt,
@@ -208,19 +209,24 @@ class LightningStore(SpanCalls):
         reward: float | None = None,
         error: str | None = None,
         expected_spans: int | None = None,
+        spans: pa.RecordBatch | bytes | None = None,
+        batch_id: str | None = None,
     ) -> Attempt:
         """End an attempt; its rollout follows by the retry rule. Repeating the same end changes nothing.
 
         An attempt that ended `lost`, `timeout` or `cancelled` before is returned as it is: look at `end_reason`. Any other
         different end is a Conflict. `expected_spans`: how many spans were sent; an `ok` end waits some seconds for stragglers and
-        becomes `lost` where they do not come.
+        becomes `lost` where they do not come. `spans`: the last ones, as `add_spans` takes them with its `batch_id`; they travel with the
+        end and are in the journal when it is.
         """
         reason = EndReason(reason)
         given = (rollout_id, attempt_id, reason, reward, clean_text(error), expected_spans)
+        item = None if spans is None else span_item(rollout_id, attempt_id, spans, batch_id)
+        size = 0 if item is None else len(item.payload)
         # Where no span is missing the end travels with other commands; a wait for spans must not keep those waiting.
-        ended = await self._call("end_attempt", *given, False)
+        ended = await self._call("end_attempt", *given, False, item, size=size)
         if ended is None:
-            ended = await self._call("end_attempt", *given, True, blocking=STRAGGLER_SECONDS)
+            ended = await self._call("end_attempt", *given, True, item, blocking=STRAGGLER_SECONDS)
         return ended
 
     async def update_attempt(

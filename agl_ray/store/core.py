@@ -15,7 +15,7 @@ from typing import Any
 from agl_ray.store.base import rollouts
 from agl_ray.store.journals.base import AttemptKey
 from agl_ray.store.residents import Key
-from agl_ray.store.spans import Spans
+from agl_ray.store.spans import SpanItem, Spans
 from agl_ray.types import (
     Attempt,
     AttemptedRollout,
@@ -131,9 +131,13 @@ class StoreCore(Spans):
         error: str | None = None,
         expected_spans: int | None = None,
         patient: bool = True,
+        item: SpanItem | None = None,
     ) -> Attempt | None:
-        """patient: wait for spans that are missing; where not, None says that there are such, and nothing was done."""
+        """patient: wait for spans that are missing; where not, None says that there are such, and nothing was done. item: the last
+        spans, stored in the commit of the end; where they cannot be, their error is raised and the attempt goes on."""
         self._check()
+        if item is not None:
+            await self._add_last(item)
         if expected_spans and reason is EndReason.OK:
             if not patient and await self._lacks((rollout_id, attempt_id), expected_spans):
                 return None

@@ -42,9 +42,8 @@ class SpanCalls(StoreQueries):
 
         `batch_id` (unique in its attempt) makes a repetition by the caller harmless. Calls made at the same time travel together.
         """
-        payload, count = pack(batch, (rollout_id, attempt_id))
-        item = SpanItem(rollout_id, attempt_id, batch_id or new_id("ba"), count, payload)
-        (answer,) = await self._call("add_spans", [item], size=len(payload))
+        item = span_item(rollout_id, attempt_id, batch, batch_id)
+        (answer,) = await self._call("add_spans", [item], size=len(item.payload))
         if isinstance(answer, AglError):
             raise answer
         return list(range(answer.first, answer.first + answer.number))
@@ -185,3 +184,11 @@ class SpanCalls(StoreQueries):
         else:
             return await self.read_spans([(rollout_id, attempt_id)])
         return await self.read_spans([(rollout_id, one.attempt_id) for one in attempts])
+
+
+def span_item(
+    rollout_id: str, attempt_id: str, batch: pa.RecordBatch | bytes, batch_id: str | None
+) -> SpanItem:
+    """A batch on its way. InputError where it is none of this attempt in SPAN_SCHEMA."""
+    payload, count = pack(batch, (rollout_id, attempt_id))
+    return SpanItem(rollout_id, attempt_id, batch_id or new_id("ba"), count, payload)

@@ -102,6 +102,18 @@ class Spans(Lists):
         self._ends.arrived(item.key, item.number)
         return entry
 
+    async def _add_last(self, item: SpanItem) -> None:
+        """Number spans and have them journalled by the next commit, which is that of their attempt's end."""
+        item = SpanItem(*item)
+        async with self._present(rollouts([item.rollout_id])):
+            if self.machine.state.attempt(*item.key).status.final:
+                await self._add_late(item)
+                return
+            rows: list[SpanRow] = []
+            if self._known(item) is None:
+                self._number(item, rows)
+            self._submit(rows)
+
     async def _add_late(self, item: SpanItem) -> BatchEntry:
         """Spans of an attempt that has ended (and is in memory): kept, and a repetition is looked up in the journal, one at
         a time."""

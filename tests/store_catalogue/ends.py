@@ -8,8 +8,8 @@ import time
 import pytest
 
 from agl_ray.store import LightningStore
-from agl_ray.types import AttemptStatus, EndReason, RolloutStatus
-from store_catalogue.common import a_span, end_ok, key_of, queued, status_of, taken
+from agl_ray.types import AttemptStatus, EndReason, InputError, NotFound, RolloutStatus
+from store_catalogue.common import a_batch, a_span, end_ok, key_of, queued, status_of, taken
 
 
 async def succeeded_and_failed_set_end_times(store: LightningStore) -> None:
@@ -130,3 +130,40 @@ async def spans_that_are_missing_at_the_end_are_waited_for(store: LightningStore
     await store.add_span(a_span(again, "a"))
     ended = await store.end_attempt(*key_of(again), EndReason.OK, reward=1.0, expected_spans=1)
     assert ended.end_reason is EndReason.OK
+
+
+async def the_last_spans_come_with_the_end(store: LightningStore) -> None:
+    attempt = await store.start_rollout(1)
+    key = key_of(attempt)
+    await store.add_spans(*key, a_batch(attempt, "a"))
+    last = {"spans": a_batch(attempt, "b", "c"), "batch_id": "last"}
+    for _ in range(2):  # and a repetition stores nothing again
+        ended = await store.end_attempt(*key, EndReason.OK, reward=1.0, expected_spans=3, **last)
+        assert (ended.end_reason, ended.reward, ended.num_spans) == (EndReason.OK, 1.0, 3)
+    table = await store.read_spans([key])
+    assert table["span_id"].to_pylist() == ["a", "b", "c"]
+    assert table["sequence_id"].to_pylist() == [1, 2, 3]
+
+
+async def the_last_spans_of_an_attempt_that_was_ended_are_kept(store: LightningStore) -> None:
+    attempt = await store.start_rollout(1)
+    await store.cancel_rollouts([attempt.rollout_id])
+    spans = a_batch(attempt, "late")
+    ended = await store.end_attempt(*key_of(attempt), EndReason.OK, reward=1.0, spans=spans)
+    assert (ended.end_reason, ended.num_spans) == (EndReason.CANCELLED, 1)
+    assert (await store.read_spans([key_of(attempt)]))["span_id"].to_pylist() == ["late"]
+
+
+async def an_end_that_is_refused_leaves_the_attempt_open(store: LightningStore) -> None:
+    attempt = await store.start_rollout(1)
+    key, spans = key_of(attempt), a_batch(attempt, "a")
+    with pytest.raises(InputError, match="finite"):
+        await store.end_attempt(
+            *key, EndReason.OK, reward=float("nan"), spans=spans, batch_id="last"
+        )
+    with pytest.raises(InputError, match="attempt_id"):
+        await store.end_attempt(key[0], "at-other", EndReason.OK, spans=spans)
+    with pytest.raises(NotFound, match="at-other"):
+        await store.end_attempt(key[0], "at-other", EndReason.OK)
+    ended = await store.end_attempt(*key, EndReason.OK, spans=spans, batch_id="last")
+    assert (ended.end_reason, ended.num_spans) == (EndReason.OK, 1)

@@ -20,6 +20,7 @@ import msgspec
 
 from agl_ray import waits
 from agl_ray.store.doors import wire
+from agl_ray.store.doors.messages import send_message
 from agl_ray.store.doors.rpc import MANY, MSGPACK, ONE
 from agl_ray.store.lane import Command
 from agl_ray.store.transport import StoreAway
@@ -64,9 +65,12 @@ class HttpTransport:
     async def call_many(self, commands: Sequence[Command], *, seconds: float) -> list[Any]:
         """Per command its result or its error, in one request."""
         words = f"{commands[0][0]} and {len(commands) - 1} more"
-        content = await self._answer(MANY, words, wire.encode_calls(commands, seconds), seconds)
+
+        async def carry(body: bytes) -> bytes:
+            return await self._answer(MANY, words, body, seconds)
+
         with self._understood(words):
-            return wire.decode_answers([name for name, _ in commands], content)
+            return await send_message(carry, commands, seconds)
 
     async def _answer(self, path: str, words: str, body: bytes, seconds: float) -> bytes:
         on = f"the store at {self.base_url} to answer {words}"

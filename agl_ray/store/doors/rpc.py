@@ -27,6 +27,7 @@ from agl_ray.ops.asgi import (
 )
 from agl_ray.store.doors import wire
 from agl_ray.store.doors.errors import status_of
+from agl_ray.store.doors.messages import answer_message
 from agl_ray.store.lane import ALONE, Lanes
 from agl_ray.store.lane import Command as Given
 from agl_ray.store.transport import GatheringTransport, StoreAway
@@ -66,8 +67,7 @@ class CallRoute:
 
     async def _answer(self, path: str, receive: Receive) -> bytes:
         if path == MANY:
-            calls, seconds = wire.decode_calls(await read_body(receive, self._max_body))
-            return wire.encode_answers(await self._many(calls, seconds))
+            return await answer_message(self._many, await read_body(receive, self._max_body))
         name = path.removeprefix(ONE)
         command = wire.command_of(name)
         body = await read_body(receive, self._max_body)
@@ -86,10 +86,5 @@ class CallRoute:
     async def _send(self, given: Sequence[Given], _again: Sequence[Given]) -> Sequence[Any]:
         return await self._transport.call_many(given, seconds=LANE_SECONDS)
 
-    async def _many(
-        self, calls: list[tuple[str, list[Any]] | AglError], seconds: float
-    ) -> list[Any]:
-        """Results and errors in the order of the calls; what could not be read is its own error."""
-        given = [(one[0], tuple(one[1])) for one in calls if not isinstance(one, AglError)]
-        found = iter(await self._transport.call_many(given, seconds=seconds) if given else [])
-        return [one if isinstance(one, AglError) else next(found) for one in calls]
+    async def _many(self, given: list[Given], seconds: float) -> Sequence[Any]:
+        return await self._transport.call_many(given, seconds=seconds)

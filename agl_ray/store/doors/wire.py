@@ -26,9 +26,9 @@ import pyarrow as pa
 from msgspec import UNSET, UnsetType
 from msgspec.msgpack import Ext
 
+from agl_ray.store.away import StoreAway
 from agl_ray.store.core import StoreCore
 from agl_ray.store.payload import Payloads
-from agl_ray.store.transport import StoreAway
 from agl_ray.types import (
     AglError,
     AttemptStatus,
