@@ -151,7 +151,7 @@ class Runner:
         recorder: SpanRecorder,
         sender: SpanSender,
     ) -> None:
-        """Flush the spans, then end the attempt: the end is acknowledged only after its spans are."""
+        """Send the last spans with the attempt's end: it is acknowledged only when all its spans are."""
         if outcome.reward is not None and recorder.last_reward() != outcome.reward:
             recorder.add(
                 name="agentlightning.annotation",
@@ -159,11 +159,14 @@ class Runner:
                 reward=outcome.reward,
                 reward_dimension="primary",
             )
-        await sender.close()
+        spans, batch_id = await sender.close()
         lost = recorder.why_lost()
         if lost is not None and outcome.reason is EndReason.OK:
             outcome = Outcome(reason=EndReason.LOST, error=lost)
         if outcome.reason is EndReason.OK and outcome.reward is None:
+            if spans is not None:  # a reward may be among them; the end stores them no second time
+                key = attempt.rollout_id, attempt.attempt_id
+                await self.store.add_spans(*key, spans, batch_id=batch_id)
             outcome = settled(outcome, await self._posted(attempt))
         await self.store.end_attempt(
             attempt.rollout_id,
@@ -172,6 +175,8 @@ class Runner:
             reward=outcome.reward,
             error=outcome.error,
             expected_spans=recorder.num_spans,
+            spans=spans,
+            batch_id=batch_id,
         )
         self._finished += 1
 

@@ -1,4 +1,4 @@
-"""From a recorder to the store: batches while the attempt runs, the rest before it ends.
+"""From a recorder to the store: batches while the attempt runs, the rest with its end.
 
 A batch that the store refuses is counted as lost with the recorder; the end of the attempt then says so.
 Who calls it: the runner, one per attempt. Test alone: tests/unit/test_tracing_sender.py.
@@ -11,9 +11,11 @@ from typing import TYPE_CHECKING, Any
 
 from agl_ray.spans import span_batch
 from agl_ray.tracing.recorder import MANY, SpanRecorder
-from agl_ray.types import AglError, InputError
+from agl_ray.types import AglError
 
 if TYPE_CHECKING:  # emitters must stay light
+    import pyarrow as pa
+
     from agl_ray.store import LightningStore
 
 
@@ -50,18 +52,15 @@ class SpanSender:
 
     async def _send(self, rows: list[dict[str, Any]]) -> None:
         key = self._recorder.rollout_id, self._recorder.attempt_id
-        self._batches += 1
-        batch_id = f"{key[1]}-{self._batches}"
-        await self._store.add_spans(*key, span_batch(rows), batch_id=batch_id)
+        await self._store.add_spans(*key, span_batch(rows), batch_id=self._next_id())
 
-    async def close(self) -> None:
-        """End the recording and send all that is left. A store that is not there raises."""
+    def _next_id(self) -> str:
+        self._batches += 1
+        return f"{self._recorder.attempt_id}-{self._batches}"
+
+    async def close(self) -> tuple[pa.RecordBatch | None, str]:
+        """End the recording. What is left, and its batch id, for `LightningStore.end_attempt`: the last spans travel with the end."""
         rows = self._recorder.close()
         if self._task is not None:
             await self._task
-        if not rows:
-            return
-        try:
-            await self._send(rows)
-        except InputError as error:
-            self._recorder.lose(str(error), len(rows))
+        return span_batch(rows) if rows else None, self._next_id()
