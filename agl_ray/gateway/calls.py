@@ -7,7 +7,7 @@ Called by: session.py (which explains the whole), record.py. Pure data and hashi
 from __future__ import annotations
 
 import hashlib
-import itertools
+from array import array
 from dataclasses import dataclass
 from enum import StrEnum
 from typing import Any
@@ -27,16 +27,18 @@ class Point(StrEnum):
 
 @dataclass(frozen=True, eq=False)
 class Call:
-    """A recorded call: a node of the tree. Holds its own part of text and ids only; `parent` and `point` lead to the rest."""
+    """A recorded call: a node of the tree. Holds its own part of text and ids only; `parent` and `point` lead to the rest.
+
+    Ids are arrays of 32 bits: a session lives as long as its attempt, and as Python's numbers they would take nine times as much."""
 
     call_id: str
     parent: Call | None
     point: Point | None
     rest_text: str
-    rest_ids: tuple[int, ...]
+    rest_ids: array[int]
     body_text: str
     end_text: str  # text of the id that ended the turn; empty: cut by length
-    response_ids: tuple[int, ...]
+    response_ids: array[int]
     key: MessageKey
     tool_ids: tuple[str | None, ...]
     num_messages: int
@@ -53,14 +55,17 @@ class Call:
 
     def ids(self, point: Point) -> list[int]:
         """The exact ids of the whole sequence up to a point."""
-        parts: list[tuple[int, ...]] = []
+        parts: list[array[int]] = []
         call: Call | None = self
         upto: Point | None = point
         while call is not None and upto is not None:
             parts.append(call.response_ids[: call.num_ids(upto) - call.num_prompt_ids])
             parts.append(call.rest_ids)
             upto, call = call.point, call.parent
-        return list(itertools.chain.from_iterable(reversed(parts)))
+        whole = array("i")
+        for part in reversed(parts):
+            whole += part
+        return whole.tolist()
 
     def said(self, point: Point) -> list[Call]:
         """The calls whose responses are in the sequence up to a point, newest first."""

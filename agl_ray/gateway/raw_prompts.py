@@ -7,6 +7,7 @@ share one tree of calls. Called by: the door. Test alone: `pytest tests/unit/tes
 
 from __future__ import annotations
 
+from array import array
 from collections.abc import Sequence
 from typing import Protocol
 
@@ -35,7 +36,7 @@ def plan_raw(session: Session, prompt: str | list[int], text_model: RawText) -> 
         after = match.call.end_text if match and match.point is Point.FULL else ""
         rest_ids = text_model.encode(rest_text, after)
     else:
-        match = _longest_ids(session, prompt)
+        match = _longest_ids(session, array("i", prompt))
         rest_ids = prompt[match.call.num_ids(match.point) if match else 0 :]
         rest_text = text_model.decode(rest_ids)
     reason, retokenized = _reason(session, match, rest_text)
@@ -54,7 +55,7 @@ def plan_raw(session: Session, prompt: str | list[int], text_model: RawText) -> 
     )
 
 
-def _longest_ids(session: Session, prompt: list[int]) -> Match | None:
+def _longest_ids(session: Session, prompt: array[int]) -> Match | None:
     """The longest stored sequence of ids that the prompt starts with; of equally long ones the newer. `length` is in ids."""
     age = {call.call_id: number for number, call in enumerate(session.calls)}
     best: Match | None = None
@@ -73,18 +74,18 @@ def _longest_ids(session: Session, prompt: list[int]) -> Match | None:
     return best
 
 
-def _reached(call: Call, prompt: list[int], start: int) -> list[Point]:
+def _reached(call: Call, prompt: array[int], start: int) -> list[Point]:
     """The points of a call that the prompt reaches, if it is known to reach the call's first own id at `start`."""
     at = start + len(call.rest_ids)
-    if tuple(prompt[start:at]) != call.rest_ids:
+    if prompt[start:at] != call.rest_ids:
         return []
     reached = [Point.PROMPT]
     body = call.response_ids[:-1] if call.end_text else call.response_ids
-    if tuple(prompt[at : at + len(body)]) != body:
+    if prompt[at : at + len(body)] != body:
         return reached
     if call.end_text and body:
         reached.append(Point.BODY)
-    whole = tuple(prompt[at : at + len(call.response_ids)]) == call.response_ids
+    whole = prompt[at : at + len(call.response_ids)] == call.response_ids
     if call.response_ids and whole:
         reached.append(Point.FULL)
     return reached

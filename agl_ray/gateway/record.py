@@ -11,9 +11,11 @@ goes on exactly. Test alone: `pytest tests/unit/test_gateway_door.py`.
 from __future__ import annotations
 
 import json
+from array import array
 from collections.abc import Iterable, Mapping
 from typing import Any
 
+import numpy as np
 import pyarrow as pa
 
 from agl_ray.gateway.calls import Call, Point, message_key, thoughts, tool_ids
@@ -87,9 +89,9 @@ def call_span(
         "dialect": request.dialect,
         "parent_call": plan.parent.call_id if plan.parent else None,
         "parent_tokens": plan.parent_tokens,
-        "prompt_ids": list(plan.rest_ids),
-        "response_ids": result.response_ids,
-        "response_logprobs": result.logprobs,
+        "prompt_ids": np.array(plan.rest_ids, np.int32),
+        "response_ids": np.array(result.response_ids, np.int32),
+        "response_logprobs": np.array(result.logprobs, np.float32),
         "weight_versions": result.weight_versions,
         "finish_reason": result.finish_reason,
         "prompt_tokens": len(plan.prompt_ids),
@@ -145,10 +147,10 @@ def rebuild(rows: Iterable[Mapping[str, Any]], role: str | None) -> Session:
                 parent=parent,
                 point=Point(kept["point"]) if kept["point"] else None,
                 rest_text=kept["rest"],
-                rest_ids=tuple(row["prompt_ids"]),
+                rest_ids=array("i", row["prompt_ids"]),
                 body_text=kept["body"],
                 end_text=kept["end"],
-                response_ids=tuple(row["response_ids"]),
+                response_ids=array("i", row["response_ids"]),
                 key=message_key(message),
                 tool_ids=tool_ids(message),
                 reasoning=thoughts(message),

@@ -20,6 +20,7 @@ from typing import Any, Protocol
 import msgspec
 
 from agl_ray.gateway.canonical import Refusal, ToolCall, json_object
+from agl_ray.gateway.encoding import Encoder
 from agl_ray.gateway.reasoning import Thoughts
 from agl_ray.types import InputError
 
@@ -54,6 +55,7 @@ class Renderer:
         self._tokenizer = _load_tokenizer(Path(model_path))
         self._backend = self._tokenizer.backend_tokenizer
         self.stop_ids = _stop_ids(self._tokenizer, Path(model_path))
+        self._encoder = Encoder(self._backend, self._turn_marks())
         self._anchored = self._needs_anchor()
         self._parser = _load_parser(tool_parser) if tool_parser else None
         start = getattr(self._parser, "tool_call_start_token", None)
@@ -110,10 +112,8 @@ class Renderer:
 
     def encode(self, text: str, after: str = "") -> list[int]:
         if after and self._anchored:
-            ids: list[int] = self._backend.encode(after + text, add_special_tokens=False).ids
-            return ids[1:]
-        plain: list[int] = self._backend.encode(text, add_special_tokens=False).ids
-        return plain
+            return self._encoder.encode(after + text)[1:]
+        return self._encoder.encode(text)
 
     def decode(self, ids: Sequence[int], keep_special: bool = True) -> str:
         return str(self._backend.decode(list(ids), skip_special_tokens=not keep_special))
@@ -177,12 +177,18 @@ class Renderer:
         tag = self._parser(self._tokenizer).get_structural_tag(request)
         return None if tag is None else msgspec.json.encode(tag.model_dump()).decode()
 
+    def _turn_marks(self) -> list[str]:
+        """The special tokens that the chat template writes: between them stands what a conversation repeats."""
+        known = self._tokenizer.chat_template
+        template = "".join(known.values()) if isinstance(known, dict) else known
+        return [token for token in self._tokenizer.all_special_tokens if token in template]
+
     def _needs_anchor(self) -> bool:
         """Whether a piece of text gets other ids at the start than behind a special token (sentencepiece's first space)."""
         token = self._tokenizer.eos_token
         if token is None:
             return False
-        joined = self._backend.encode(token + "a", add_special_tokens=False).ids
+        joined = self.encode(token + "a")
         return len(joined) > 1 and joined[1:] != self.encode("a")
 
 

@@ -23,6 +23,7 @@ Pure logic without Ray, transformers or HTTP. Called by: the door. Test alone: `
 from __future__ import annotations
 
 import itertools
+from array import array
 from collections import Counter
 from collections.abc import Iterator
 from dataclasses import dataclass, field
@@ -160,10 +161,10 @@ class Session:
             parent=plan.parent,
             point=plan.point,
             rest_text=plan.rest_text,
-            rest_ids=plan.rest_ids,
+            rest_ids=array("i", plan.rest_ids),
             body_text=body_text,
             end_text=end_text,
-            response_ids=tuple(response_ids),
+            response_ids=array("i", response_ids),
             key=message_key(message),
             tool_ids=tool_ids(message),
             reasoning=thoughts(message),
