@@ -85,6 +85,7 @@ class Live:
     unanswered: bool = False  # whether the last call got no answer, as the store knows
     disconnects: int = 0
     open_calls: int = 0
+    drawn: int = 0  # calls that have got a seed; calls made side by side get different ones
     used: float = 0.0
     checked: float = 0.0  # when the store last said that the attempt is live
     kept: dict[tuple[str | None, str], list[dict[str, Any]]] = field(default_factory=dict)
@@ -180,6 +181,7 @@ class Attempts:
                 f"the spans of {path}",
             )
             live.counts = counters(rows)
+            live.drawn = live.counts["calls"]
             live.sessions = {role: rebuild(rows, role) for role in {row["role"] for row in rows}}
         return live
 

@@ -79,6 +79,10 @@ class CallRequest(msgspec.Struct, frozen=True, kw_only=True):
     """Tool calls are looked for in the answer (tools were given and not forbidden)."""
     sampling: dict[str, Any] = {}
     """Only what the caller gave; keys of SAMPLING_KEYS."""
+    n: int = 1
+    """Answers to give, each a call of its own (many.py)."""
+    parallel: bool = True
+    """The answer may hold several tool calls; else its first one is all that the caller sees."""
     stream: bool = False
     include_usage: bool = False
     logprobs: bool = False
@@ -130,6 +134,8 @@ class CallResult(msgspec.Struct, frozen=True, kw_only=True):
     reasoning_tokens: int = 0
     stop_string: str | None = None
     """The stop string that ended it."""
+    index: int = 0
+    """Which of a request's answers it is."""
 
     def message(self) -> dict[str, Any]:
         """The assistant message as returned, in the chat dialect's form."""
@@ -160,6 +166,8 @@ class Streamed(msgspec.Struct, frozen=True, kw_only=True):
     call_id: str = ""
     created: int = 0
     prompt_ids: list[int] = []
+    index: int = 0
+    """Which of a request's answers it belongs to."""
 
 
 def json_object(text: str) -> dict[str, Any] | str:

@@ -180,7 +180,7 @@ class Door:
         """Check the request against the attempt and work out the exact prompt."""
         started = time.perf_counter()
         request = await self._checked(path, live, request)
-        sampling = merge(request.sampling, live.rollout, live.llm, live.counts["calls"])
+        sampling = merge(request.sampling, live.rollout, live.llm, live.drawn)
         check(sampling, live.rollout.mode)
         allowed(request, live.rollout)
         structured = structure(request, self._renderer)
@@ -189,6 +189,7 @@ class Door:
             self._settings.max_model_len, request, plan, sampling.get("max_tokens")
         )
         over = request.prompt is not None or self._renderer.thoughts_over(plan.prompt_ids)
+        live.drawn += 1
         return Open(
             path=path,
             live=live,

@@ -23,6 +23,7 @@ from agl_ray.gateway.canonical import CallRequest, CallResult, Refusal
 from agl_ray.gateway.dialects import chat_answer, messages
 from agl_ray.gateway.dialects.table import CHAT, DIALECTS, MESSAGES, Dialect, StreamWriter
 from agl_ray.gateway.door import Door
+from agl_ray.gateway.many import answers, pieces
 from agl_ray.gateway.render import Renderer
 from agl_ray.ops.asgi import MAX_BODY, Gone, Receive, Scope, Send, TooLarge, read_body, unless_gone
 
@@ -113,9 +114,12 @@ class GatewayApp:
     async def _whole(
         self, dialect: Dialect, path: CallPath, request: CallRequest, send: Send
     ) -> None:
-        result = await self._door.call(path, request)
-        tokens = self._renderer.token_texts(result.response_ids) if request.logprobs else None
-        await _respond(send, 200, dialect.whole(request, result, tokens))
+        results = await answers(self._door, path, request)
+        tokens = [
+            self._renderer.token_texts(result.response_ids) if request.logprobs else None
+            for result in results
+        ]
+        await _respond(send, 200, dialect.whole(request, results, tokens))
 
     async def _stream(
         self, dialect: Dialect, path: CallPath, request: CallRequest, send: Send
@@ -138,8 +142,8 @@ class GatewayApp:
         writer: StreamWriter | None = None
         begun = False
         try:
-            async with aclosing(self._door.call_stream(path, request)) as pieces:
-                async for piece in pieces:
+            async with aclosing(pieces(self._door, path, request)) as stream:
+                async for piece in stream:
                     if writer is None:
                         if isinstance(piece, CallResult):
                             raise AssertionError("a stream begins with its call's id")

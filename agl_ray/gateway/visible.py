@@ -63,6 +63,8 @@ def visible_message(reading: Reading, answer: GenerateResult, shown: Visible | N
         content, calls = reading.renderer.find_tool_calls(
             content or "", reading.request.tools or []
         )
+    if not reading.request.parallel:
+        calls = calls[:1]
     if shown is not None and not (reasoning or "").startswith(shown.reasoning):
         reasoning = shown.reasoning
     if shown is not None and not (content or "").startswith(shown.sent):

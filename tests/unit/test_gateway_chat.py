@@ -112,12 +112,12 @@ def test_tool_choice_none_renders_the_tools_but_finds_no_calls() -> None:
     ("fields", "param"),
     [
         ({"frobnicate": 1}, "frobnicate"),
-        ({"n": 2}, "n"),
+        ({"n": 0}, "n"),
+        ({"n": 65}, "n"),
         ({"top_logprobs": 5}, "top_logprobs"),
         ({"tool_choice": "required"}, "tool_choice"),
         ({"tool_choice": "sometimes", "tools": [TOOL]}, "tool_choice"),
         ({"tool_choice": {"type": "function", "function": {"name": "f"}}}, "tool_choice"),
-        ({"parallel_tool_calls": False}, "parallel_tool_calls"),
         ({"response_format": {"type": "json_schema"}}, "response_format"),
         ({"logit_bias": {"5": 1}}, "logit_bias"),
         ({"store": True}, "store"),
@@ -153,7 +153,7 @@ def test_a_body_that_is_no_json_is_refused() -> None:
 
 def test_the_body_of_an_answer() -> None:
     request = chat.parse(body(return_token_ids=True, logprobs=True))
-    made = json.loads(chat_answer.response_body(request, result(), ["o", "k"]))
+    made = json.loads(chat_answer.response_body(request, [result()], [["o", "k"]]))
     assert made["choices"][0]["message"] == {"role": "assistant", "content": "ok"}
     assert made["choices"][0]["finish_reason"] == "stop"
     assert made["usage"]["total_tokens"] == 4
@@ -166,7 +166,9 @@ def test_the_body_of_an_answer() -> None:
 def test_tool_calls_of_an_answer() -> None:
     calls = [ToolCall(id="call_1", name="f", arguments="{}")]
     made = json.loads(
-        chat_answer.response_body(chat.parse(body()), result(content=None, tool_calls=calls), None)
+        chat_answer.response_body(
+            chat.parse(body()), [result(content=None, tool_calls=calls)], [None]
+        )
     )
     choice = made["choices"][0]
     assert choice["finish_reason"] == "tool_calls"

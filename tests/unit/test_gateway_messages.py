@@ -251,10 +251,6 @@ def test_counting_tokens_counts_those_of_the_call(renderer: Renderer) -> None:
         ({"tool_choice": {"type": "any"}}, "tool_choice"),
         ({"tool_choice": {"type": "some"}, "tools": [TOOL]}, "tool_choice.type"),
         ({"tool_choice": {"type": "tool", "name": "calculator"}}, "tool_choice"),
-        (
-            {"tool_choice": {"type": "auto", "disable_parallel_tool_use": True}},
-            "tool_choice.disable_parallel_tool_use",
-        ),
         ({"tools": [{"type": "web_search_20250305", "name": "web_search"}]}, "tools[0].type"),
         ({"tools": [{"name": "f"}]}, "tools[0].input_schema"),
         ({"max_tokens": "many"}, "max_tokens"),

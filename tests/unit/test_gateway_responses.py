@@ -261,7 +261,6 @@ def test_a_stream_that_is_cut_is_incomplete(renderer: Renderer) -> None:
         ({"include": ["everything"]}, "include"),
         ({"truncation": "auto"}, "truncation"),
         ({"background": True}, "background"),
-        ({"parallel_tool_calls": False}, "parallel_tool_calls"),
         ({"conversation": "c"}, "conversation"),
         ({"max_output_tokens": "x"}, "max_output_tokens"),
     ],

@@ -4,8 +4,8 @@ Called by: `agl_ray/gateway/http.py`. Every field of the request either acts or 
 body naming the field; nothing is ignored (contract 8). A null counts as not given. Test alone:
 `pytest tests/unit/test_gateway_chat.py`.
 
-Refused on purpose: `n` > 1 (ask again: each call is one span), `top_logprobs` > 0 (the engine reports the sampled token's
-logprob only), `parallel_tool_calls: false`. `response_format` and a forced `tool_choice` are refused in training (constrained.py).
+Of an answer with several tool calls, `parallel_tool_calls: false` shows the first, as vLLM does. Refused on purpose: `top_logprobs` > 0
+(the engine reports the sampled token's logprob only). `response_format` and a forced `tool_choice` are refused in training (constrained.py).
 `chat_template_kwargs` and `reasoning_effort` go to the model's chat template and are refused where it does not know them. Where the
 run has a reasoning parser, an answer's thoughts are in `reasoning_content` and `reasoning`; either may be sent back.
 """
@@ -26,6 +26,7 @@ from agl_ray.gateway.dialects.strict import (
     read,
     refuse,
     refuse_value,
+    several,
     shown,
 )
 
@@ -95,10 +96,10 @@ class ChatBody(Strict, frozen=True, kw_only=True):
     chat_template_kwargs: dict[str, Any] | None = None
     reasoning_effort: str | None = None
     response_format: dict[str, Any] | None = None
-    # only one value
     n: int | None = None
-    top_logprobs: int | None = None
     parallel_tool_calls: bool | None = None
+    # only one value
+    top_logprobs: int | None = None
     logit_bias: dict[str, Any] | None = None
     store: bool | None = None
     service_tier: str | None = None
@@ -108,14 +109,9 @@ _decoder = msgspec.json.Decoder(ChatBody)
 _ROLES = {"system": "system", "developer": "system", "user": "user", "assistant": "assistant"}
 
 _ONLY: OnlyValues = {
-    "n": (lambda v: v == 1, "one answer per call is given; send the request again for another"),
     "top_logprobs": (
         lambda v: v == 0,
         "the engine reports the logprob of the sampled token only; use `logprobs` alone",
-    ),
-    "parallel_tool_calls": (
-        lambda v: v is True,
-        "the model may write several tool calls in one answer; leave it out",
     ),
     "logit_bias": (lambda v: v == {}, "answers are sampled from the model's own distribution"),
     "store": (lambda v: v is False, "there is no store of completions here; leave it out"),
@@ -145,6 +141,8 @@ def parse(body: bytes) -> CallRequest:
         tools=tools,
         parse_tools=parse_tools,
         sampling=_sampling(chat),
+        n=several(chat.n),
+        parallel=chat.parallel_tool_calls is not False,
         stream=bool(chat.stream),
         include_usage=bool(options and options.include_usage),
         logprobs=bool(chat.logprobs),

@@ -21,16 +21,18 @@ def finish_reason(result: CallResult) -> str:
     )
 
 
-def usage(result: CallResult) -> dict[str, Any]:
-    prompt, response = len(result.prompt_ids), len(result.response_ids)
+def usage(*results: CallResult) -> dict[str, Any]:
+    """Of one answer, or of all answers to one prompt: the prompt counts once."""
+    prompt = len(results[0].prompt_ids)
+    response = sum(len(result.response_ids) for result in results)
     made = {
         "prompt_tokens": prompt,
         "completion_tokens": response,
         "total_tokens": prompt + response,
-        "prompt_tokens_details": {"cached_tokens": result.cached_tokens},
+        "prompt_tokens_details": {"cached_tokens": results[0].cached_tokens},
     }
-    if result.reasoning_tokens:
-        made["completion_tokens_details"] = {"reasoning_tokens": result.reasoning_tokens}
+    if thoughts := sum(result.reasoning_tokens for result in results):
+        made["completion_tokens_details"] = {"reasoning_tokens": thoughts}
     return made
 
 
@@ -53,36 +55,56 @@ def logprob_entry(token: str, logprob: float) -> dict[str, Any]:
     }
 
 
-def response_body(request: CallRequest, result: CallResult, tokens: list[str] | None) -> bytes:
-    """The JSON body of a non-streaming answer. `tokens` (T strings) are needed where the request asks for logprobs."""
+def response_body(
+    request: CallRequest, results: list[CallResult], tokens: list[list[str] | None]
+) -> bytes:
+    """The JSON body of N answers that are not streamed. `tokens` (T strings each) are needed where the request asks for logprobs."""
+    first = results[0]
+    body: dict[str, Any] = {
+        "id": f"chatcmpl-{first.call_id}",
+        "object": "chat.completion",
+        "created": first.created,
+        "model": request.model,
+        "choices": [_choice(request, *both) for both in zip(results, tokens, strict=True)],
+        "usage": usage(*results),
+    }
+    if request.return_token_ids:
+        body["prompt_token_ids"] = first.prompt_ids
+    return msgspec.json.encode(body)
+
+
+def _choice(request: CallRequest, result: CallResult, tokens: list[str] | None) -> dict[str, Any]:
     choice: dict[str, Any] = {
-        "index": 0,
+        "index": result.index,
         "message": message(result),
         "finish_reason": finish_reason(result),
         "logprobs": None,
-    }
-    body: dict[str, Any] = {
-        "id": f"chatcmpl-{result.call_id}",
-        "object": "chat.completion",
-        "created": result.created,
-        "model": request.model,
-        "choices": [choice],
-        "usage": usage(result),
     }
     if tokens is not None:
         pairs = zip(tokens, result.logprobs, strict=True)
         choice["logprobs"] = {"content": [logprob_entry(*pair) for pair in pairs]}
     if request.return_token_ids:
-        body["prompt_token_ids"] = result.prompt_ids
         choice["token_ids"] = result.response_ids
         choice["weight_versions"] = result.weight_versions
-    return msgspec.json.encode(body)
+    if request.n > 1:
+        choice["call_id"] = result.call_id
+    return choice
+
+
+class _Held:
+    """What one choice of a stream has not sent yet."""
+
+    def __init__(self, call_id: str) -> None:
+        self.call_id = call_id
+        self.first = True
+        self.ids: list[int] = []
+        self.logprobs: list[dict[str, Any]] = []
 
 
 class ChunkWriter:
-    """The SSE events of one streamed answer: chunks of one choice each.
+    """The SSE events of streamed answers: chunks of one choice each.
 
-    Logprobs and token ids of tokens whose text is still held back go with the next event that is sent.
+    Logprobs and token ids of tokens whose text is still held back go with the choice's next event.
     """
 
     def __init__(self, request: CallRequest, first: Streamed) -> None:
@@ -94,56 +116,62 @@ class ChunkWriter:
             "created": first.created,
             "model": request.model,
         }
-        self._first = True
-        self._ids: list[int] = []
-        self._logprobs: list[dict[str, Any]] = []
+        self._held = {first.index: _Held(first.call_id)}
+        self._done: list[CallResult] = []
 
     def begin(self) -> list[bytes]:
         return []
 
     def piece(self, piece: Streamed) -> list[bytes]:
-        self._ids += piece.token_ids
-        self._logprobs += [logprob_entry(*pair) for pair in piece.tokens]
+        held = self._held.setdefault(piece.index, _Held(piece.call_id))
+        held.ids += piece.token_ids
+        held.logprobs += [logprob_entry(*pair) for pair in piece.tokens]
         delta: dict[str, Any] = {}
         if piece.reasoning:
             delta |= {"reasoning_content": piece.reasoning, "reasoning": piece.reasoning}
         if piece.text:
             delta["content"] = piece.text
-        return [self._delta(delta)] if delta else []
+        return [self._delta(piece.index, delta)] if delta else []
 
-    def _delta(self, delta: dict[str, Any], finish: str | None = None) -> bytes:
+    def _delta(self, index: int, delta: dict[str, Any], finish: str | None = None) -> bytes:
         """One event with one choice."""
-        if self._first:
+        held = self._held[index]
+        if held.first:
             delta = {"role": "assistant", "content": delta.get("content", ""), **delta}
         choice: dict[str, Any] = {
-            "index": 0,
+            "index": index,
             "delta": delta,
             "finish_reason": finish,
             "logprobs": None,
         }
         event = {**self._head, "choices": [choice]}
         if self._request.logprobs:
-            choice["logprobs"] = {"content": self._logprobs}
-            self._logprobs = []
+            choice["logprobs"] = {"content": held.logprobs}
+            held.logprobs = []
         if self._request.return_token_ids:
-            choice["token_ids"] = self._ids
-            self._ids = []
-            if self._first:
+            choice["token_ids"] = held.ids
+            held.ids = []
+            if held.first:
                 event["prompt_token_ids"] = self._prompt_ids
         if self._request.include_usage:
             event["usage"] = None
-        self._first = False
+        if self._request.n > 1:
+            choice["call_id"] = held.call_id
+        held.first = False
         return sse(event)
 
     def end(self, result: CallResult) -> list[bytes]:
         """Tool calls, finish reason, usage where asked for, [DONE]."""
         events = [
-            self._delta({"tool_calls": [{"index": index, **call}]})
-            for index, call in enumerate(result.message().get("tool_calls", []))
+            self._delta(result.index, {"tool_calls": [{"index": number, **call}]})
+            for number, call in enumerate(result.message().get("tool_calls", []))
         ]
-        events.append(self._delta({}, finish_reason(result)))
+        events.append(self._delta(result.index, {}, finish_reason(result)))
+        self._done.append(result)
+        if len(self._done) < self._request.n:
+            return events
         if self._request.include_usage:
-            events.append(sse({**self._head, "choices": [], "usage": usage(result)}))
+            events.append(sse({**self._head, "choices": [], "usage": usage(*self._done)}))
         events.append(b"data: [DONE]\n\n")
         return events
 

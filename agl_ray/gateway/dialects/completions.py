@@ -4,7 +4,7 @@ Called by: `agl_ray/gateway/http.py`. The prompt is text, token ids, or a list o
 either form, that goes on from an earlier call is recorded as its continuation (raw_prompts.py). No template, no tools, no thoughts
 taken apart. Every field acts or is refused by name. Test alone: `pytest tests/unit/test_gateway_completions.py`.
 
-Refused on purpose: several prompts, `n` and `best_of` > 1 (each call is one span), `echo` (prompts are not scored; the caller has
+Refused on purpose: several prompts, `best_of` other than `n` (no answer is thrown away), `echo` (prompts are not scored; the caller has
 them), `suffix`, `logprobs` > 1 (the engine reports the sampled token's logprob only, so `top_logprobs` of an answer is null).
 """
 
@@ -24,6 +24,7 @@ from agl_ray.gateway.dialects.strict import (
     read,
     refuse,
     refuse_value,
+    several,
 )
 
 NAME = "openai.completions"
@@ -50,9 +51,9 @@ class Body(Strict, frozen=True, kw_only=True):
     user: str | None = None
     metadata: dict[str, Any] | None = None
     return_token_ids: bool | None = None
-    # only one value
     n: int | None = None
     best_of: int | None = None
+    # only one value
     echo: bool | None = None
     suffix: str | None = None
     logit_bias: dict[str, Any] | None = None
@@ -60,8 +61,6 @@ class Body(Strict, frozen=True, kw_only=True):
 
 _decoder = msgspec.json.Decoder(Body)
 _ONLY: OnlyValues = {
-    "n": (lambda v: v == 1, "one answer per call is given; send the request again for another"),
-    "best_of": (lambda v: v == 1, "one answer per call is sampled"),
     "echo": (lambda v: v is False, "the prompt is not scored; put it before the answer yourself"),
     "suffix": (lambda v: v == "", "the model writes on at the end of the prompt"),
     "logprobs": (
@@ -79,6 +78,8 @@ def parse(body: bytes) -> CallRequest:
     options = asked.stream_options
     if options is not None and not asked.stream:
         refuse("stream_options", "stream_options is only allowed when stream is true")
+    if asked.best_of not in (None, several(asked.n)):
+        refuse("best_of", "best_of: expected the same as n, since no answer is thrown away")
     stop = [asked.stop] if isinstance(asked.stop, str) else asked.stop
     return CallRequest(
         dialect=NAME,
@@ -97,6 +98,7 @@ def parse(body: bytes) -> CallRequest:
             stop=stop or None,
             seed=asked.seed,
         ),
+        n=several(asked.n),
         stream=bool(asked.stream),
         include_usage=bool(options and options.include_usage),
         logprobs=asked.logprobs is not None,

@@ -7,7 +7,7 @@ unasked and which cannot change an answer here: `cache_control` anywhere (the en
 thoughts; a system block that starts with "x-anthropic-billing-header" is left out, since it differs from call to call and is not
 meant for the model. `thinking` switches the template's `enable_thinking`; `adaptive` leaves it to the template.
 
-Refused on purpose: `disable_parallel_tool_use`, tools that run on Anthropic's servers, images and documents, an assistant message at
+Refused on purpose: tools that run on Anthropic's servers, images and documents, an assistant message at
 the end (prefill). `tool_choice` any and tool and `output_config.format` are refused in training (constrained.py).
 Test alone: `pytest tests/unit/test_gateway_messages.py`.
 """
@@ -172,6 +172,7 @@ def _prompt_part(body: CountBody) -> CallRequest:
         messages=[*([{"role": "system", "content": system}] if system else []), *messages],
         tools=tools,
         parse_tools=parse_tools,
+        parallel=not (body.tool_choice and body.tool_choice.disable_parallel_tool_use),
         thinking=_THINKING[thinking.type] if thinking else None,
         metadata=wishes,
         constraint=forced or form or {},
@@ -186,11 +187,6 @@ def _tools(
     kind = choice.type if choice else "auto"
     if kind not in ("auto", "none", "any", "tool"):
         refuse_value("tool_choice.type", f"expected auto, none, any or tool, got {kind!r}")
-    if choice is not None and choice.disable_parallel_tool_use:
-        refuse(
-            "tool_choice.disable_parallel_tool_use",
-            "disable_parallel_tool_use is not supported: the model may write several tool calls in one answer",
-        )
     tools = [_tool(tool, f"tools[{index}]") for index, tool in enumerate(body.tools or [])]
     made = [tool for tool in tools if tool is not None]
     if choice is None or kind in ("auto", "none"):

@@ -8,7 +8,7 @@ with the call and cannot change an answer here: `prompt_cache_key`, `safety_iden
 parts that no answer here has (`reasoning.encrypted_content`: thoughts are given in the open). `include:
 ["message.output_text.logprobs"]` gives the sampled tokens' logprobs. `strict` of a tool promises nothing: calls are sampled free.
 
-Refused on purpose: tools that run at OpenAI, `parallel_tool_calls: false`, `truncation: auto`, `background`, `conversation`. A forced
+Refused on purpose: tools that run at OpenAI, `truncation: auto`, `background`, `conversation`. A forced
 `tool_choice` and a `text.format` are refused in training (constrained.py).
 Test alone: `pytest tests/unit/test_gateway_responses.py`.
 """
@@ -92,8 +92,8 @@ class Body(Strict, frozen=True, kw_only=True):
     safety_identifier: str | None = None
     return_token_ids: bool | None = None
     seed: int | None = None
-    # only one value
     parallel_tool_calls: bool | None = None
+    # only one value
     truncation: str | None = None
     background: bool | None = None
     top_logprobs: int | None = None
@@ -105,10 +105,6 @@ class Body(Strict, frozen=True, kw_only=True):
 
 _decoder = msgspec.json.Decoder(Body)
 _ONLY: OnlyValues = {
-    "parallel_tool_calls": (
-        lambda v: v is True,
-        "the model may write several tool calls in one answer; leave it out",
-    ),
     "truncation": (
         lambda v: v == "disabled",
         "a conversation is sent as it is; drop what is too long yourself",
@@ -159,6 +155,7 @@ def parse(body: bytes) -> CallRequest:
             max_tokens=asked.max_output_tokens,
             seed=asked.seed,
         ),
+        parallel=asked.parallel_tool_calls is not False,
         stream=bool(asked.stream),
         logprobs=LOGPROBS in (asked.include or []),
         return_token_ids=bool(asked.return_token_ids),
@@ -220,7 +217,7 @@ def _echo(asked: Body) -> dict[str, Any]:
         "max_output_tokens": asked.max_output_tokens,
         "max_tool_calls": None,
         "metadata": asked.metadata or {},
-        "parallel_tool_calls": True,
+        "parallel_tool_calls": asked.parallel_tool_calls is not False,
         "previous_response_id": asked.previous_response_id,
         "prompt_cache_key": asked.prompt_cache_key,
         "reasoning": {"effort": reasoning.effort, "summary": reasoning.summary},

@@ -17,6 +17,8 @@ from agl_ray.gateway.canonical import Refusal
 _PATH = re.compile(r" - at `\$\.?([^`]*)`")
 _UNKNOWN = re.compile(r"unknown field `([^`]+)`")
 
+MOST_ANSWERS = 64  # to one request
+
 Body = TypeVar("Body")
 Item = TypeVar("Item")
 
@@ -54,6 +56,13 @@ def only(body: Any, values: OnlyValues) -> None:
         value = getattr(body, field)
         if value is not None and not accepts(value):
             refuse(field, f"{field}={shown(value)} is not supported: {instead}")
+
+
+def several(n: int | None) -> int:
+    """`n`, the answers that a request asks for."""
+    if n is not None and not 1 <= n <= MOST_ANSWERS:
+        refuse_value("n", f"expected 1 to {MOST_ANSWERS}, got {n}")
+    return n or 1
 
 
 def refuse(param: str, message: str, code: str = "unsupported_parameter") -> NoReturn:

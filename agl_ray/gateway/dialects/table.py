@@ -23,6 +23,8 @@ from agl_ray.gateway.dialects import (
     responses_stream,
 )
 
+Tokens = list[str] | None
+
 
 class StreamWriter(Protocol):
     """The server-sent events of one streamed answer, as bytes: `piece` for each piece after the first, then either `end` or `error`.
@@ -41,14 +43,25 @@ class StreamWriter(Protocol):
 
 @dataclass(frozen=True)
 class Dialect:
-    """`name` is recorded with each call. `whole(request, result, tokens)` is the body of an answer that is not streamed; `tokens` are
-    the texts of its T tokens where the request asks for logprobs."""
+    """`name` is recorded with each call. `whole(request, results, tokens)` is the body of the N answers that are not streamed; `tokens`
+    are the texts of each one's T tokens where the request asks for logprobs."""
 
     name: str
     parse: Callable[[bytes], CallRequest]
-    whole: Callable[[CallRequest, CallResult, list[str] | None], bytes]
+    whole: Callable[[CallRequest, list[CallResult], list[Tokens]], bytes]
     stream: type[StreamWriter]
     error: Callable[[Refusal], bytes]
+
+
+def _one(
+    write: Callable[[CallRequest, CallResult, Tokens], bytes],
+) -> Callable[[CallRequest, list[CallResult], list[Tokens]], bytes]:
+    """The `whole` of a dialect that has no `n`."""
+
+    def whole(request: CallRequest, results: list[CallResult], tokens: list[Tokens]) -> bytes:
+        return write(request, results[0], tokens[0])
+
+    return whole
 
 
 CHAT = Dialect(
@@ -64,14 +77,14 @@ COMPLETIONS = Dialect(
 RESPONSES = Dialect(
     responses.NAME,
     responses.parse,
-    responses_answer.response_body,
+    _one(responses_answer.response_body),
     responses_stream.EventWriter,
     Refusal.body,
 )
 MESSAGES = Dialect(
     messages.NAME,
     messages.parse,
-    messages_answer.response_body,
+    _one(messages_answer.response_body),
     messages_answer.EventWriter,
     messages_answer.error_body,
 )
