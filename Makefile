@@ -14,6 +14,8 @@ READY := $(VENV)/.project-$(SET)
 TEST_LOCK := cluster/locks/test.lock
 VERL_LOCK := cluster/locks/verl.lock
 TESTED := $(VENV)/.ready-test
+# Other people's agent frameworks, in environments of their own; CrewAI does not go with the others.
+FRAMEWORKS := .venv-frameworks/.ready .venv-crewai/.ready
 # A test that hangs is a failed test; the longest whole run stays far below this.
 PYTEST := $(BIN)/python -m pytest --timeout 900
 SOURCES := agl_ray actors tests examples cluster
@@ -24,11 +26,11 @@ export HF_HUB_OFFLINE ?= 1
 export RAY_USAGE_STATS_ENABLED ?= 0
 
 .DEFAULT_GOAL := help
-.PHONY: help venv demo test test-fast lint typecheck fmt bench check locks clean
+.PHONY: help venv demo test test-fast test-frameworks lint typecheck fmt bench check locks clean
 
 help: ## what can be made
 	@echo "make TARGET [PYTHON=python3.11] [SET=cpu|gpu] [SEED=0]"
-	@sed -n 's/^\([a-z-]*\):.*## \(.*\)/  \1\t\2/p' $(MAKEFILE_LIST) | expand -t 14
+	@sed -n 's/^\([a-z-]*\):.*## \(.*\)/  \1\t\2/p' $(MAKEFILE_LIST) | expand -t 18
 
 venv: $(READY) ## set up .venv from the lock of SET
 
@@ -58,6 +60,13 @@ test: $(TESTED) ## all tests: unit, property, integration, faults
 test-fast: $(TESTED) ## the tests that need no minutes: unit, property, light integration
 	$(PYTEST) tests/unit tests/property tests/integration -m "not slow"
 
+.venv-%/.ready: cluster/locks/%.lock
+	@$(PYTHON) cluster/locks/install.py --lock $< --venv .venv-$*
+	@touch $@
+
+test-frameworks: $(READY) $(FRAMEWORKS) ## agents of other frameworks against the real gateway and engine
+	$(PYTEST) tests/frameworks
+
 lint: typecheck ## ruff, types, floors
 	$(BIN)/ruff check $(SOURCES)
 	$(BIN)/ruff format --check $(SOURCES)
@@ -80,4 +89,4 @@ locks: ## compile cluster/locks/*.lock anew (needs uv and a package index)
 	$(PYTHON) cluster/locks/compile.py
 
 clean: ## remove .venv, caches and made models; runs/ stays
-	rm -rf $(VENV) .cache .mypy_cache .pytest_cache .ruff_cache .hypothesis .import_linter_cache *.egg-info build dist
+	rm -rf $(VENV) .venv-frameworks .venv-crewai .cache .mypy_cache .pytest_cache .ruff_cache .hypothesis .import_linter_cache *.egg-info build dist

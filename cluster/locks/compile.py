@@ -1,6 +1,8 @@
-"""Compile cluster/locks/cpu.lock, gpu.lock and test.lock anew from pyproject.toml, cpu.in, gpu.in and cpu.override.
+"""Compile cluster/locks/cpu.lock, gpu.lock and test.lock anew from pyproject.toml, cpu.in, gpu.in and cpu.override, and
+frameworks.lock and crewai.lock from frameworks.in and crewai.in.
 
-test.lock holds what the extra `test` adds to cpu.lock; `make test` installs it on top.
+test.lock holds what the extra `test` adds to cpu.lock; `make test` installs it on top. frameworks.lock and crewai.lock stand
+alone: `make test-frameworks` installs them into environments of their own, and nothing of ours with them.
 
 `make locks` calls it; it needs `uv` on the path (`pip install uv`), and for the CPU lock an index or folder with torch's
 CPU wheels (UV_FIND_LINKS or UV_EXTRA_INDEX_URL). The old lock is the preference, so only what must move moves. `+cpu` is
@@ -15,10 +17,11 @@ from pathlib import Path
 
 HERE = Path(__file__).resolve().parent
 PYTHON = "3.11"
+ALONE = ("frameworks", "crewai")  # locks that have nothing of ours
 
 
 def main() -> int:
-    for name in sys.argv[1:] or ["cpu", "gpu", "test"]:
+    for name in sys.argv[1:] or ["cpu", "gpu", "test", *ALONE]:
         lock = HERE / f"{name}.lock"
         head = [line for line in lock.read_text().splitlines() if line.startswith("#")]
         pins = _resolve("cpu", lock, HERE / "cpu.lock") if name == "test" else _resolve(name, lock)
@@ -32,8 +35,9 @@ def _resolve(name: str, lock: Path, beneath: Path | None = None) -> list[str]:
 
     With `--output-file` uv prefers the versions already in that file.
     """
-    command = ["uv", "pip", "compile", "pyproject.toml", str(HERE / f"{name}.in")]
-    command += ["--extra", name, "--extra", "quickstart", "--extra", "dev"]
+    command = ["uv", "pip", "compile", str(HERE / f"{name}.in")]
+    if name not in ALONE:
+        command += ["pyproject.toml", "--extra", name, "--extra", "quickstart", "--extra", "dev"]
     below: set[str] = set()
     if beneath is not None:
         below = set(_pins(beneath))
