@@ -104,6 +104,32 @@ def gateway(
     report(run_gateway(quick=quick, cache=cache), json_file)
 
 
+@app.command()
+def trajectory(
+    quick: Quick = False,
+    json_file: JsonFile = None,
+    alone: Annotated[
+        bool,
+        typer.Option(
+            "--alone", help="Without agentlightning's adapter, which needs an installation."
+        ),
+    ] = False,
+    cache: Annotated[
+        Path, typer.Option("--cache", help="Folder of its environment (1 GB, made by pip once).")
+    ] = Path(".cache"),
+) -> None:
+    """Spans to rows to train on, against agentlightning 0.3's triplet adapter: token ids per CPU second.
+
+    \b
+    Examples:
+      agl-ray bench trajectory --quick --json bench-trajectory.json
+      agl-ray bench trajectory --alone
+    """
+    from agl_ray.bench.trajectory import run_trajectory
+
+    report(run_trajectory(quick=quick, cache=cache, alone=alone), json_file)
+
+
 def report(numbers: dict[str, Any], json_file: Path | None, *, shown: bool = True) -> None:
     """Print the numbers, one a line (`shown`), and write them to `json_file`."""
     wide = max(len(name) for name in numbers)

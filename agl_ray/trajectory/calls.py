@@ -17,6 +17,7 @@ import pyarrow as pa
 import pyarrow.compute as pc
 
 from agl_ray.spans.schema import KIND_CALL
+from agl_ray.trajectory.attributes import entries
 from agl_ray.trajectory.ragged import Array
 from agl_ray.types.errors import RunError
 
@@ -26,18 +27,10 @@ ROLE_KIND = "agl.role_kind"
 """Attribute of a call that was answered for a role which is not trained, by whom: `frozen` or `endpoint` (which gives no ids)."""
 RETOKENIZED = "agl.retokenized_tokens"
 COLUMNS = [
-    *(
-        "rollout_id",
-        "attempt_id",
-        "span_id",
-        "role",
-        "status",
-        "parent_call",
-        "parent_tokens",
-        "prompt_tokens",
-    ),
-    *("prompt_ids", "response_ids", "response_logprobs", "weight_versions"),
+    *("rollout_id", "attempt_id", "span_id", "role", "status"),
+    *("parent_call", "parent_tokens", "prompt_tokens", "weight_versions"),
 ]
+"""Short ones, copied for the calls alone; ids and texts are read in place."""
 
 
 class Use(IntEnum):
@@ -111,14 +104,14 @@ def read_calls(spans: pa.Table, attempts: Sequence[tuple[str, str]]) -> Calls:
     """
     here = pc.equal(spans["kind"], KIND_CALL)
     table = (
-        spans.select(COLUMNS).filter(here).combine_chunks()
+        spans.select(COLUMNS).combine_chunks().filter(here).combine_chunks()
     )  # attributes are long texts: not copied
     keys = list(zip(_list(table, "rollout_id"), _list(table, "attempt_id"), strict=True))
     names = _Names(keys, _list(table, "span_id"))
     attempt = _attempts(attempts, keys)
-    prompt_ids, prompt_lengths = _ragged(table, "prompt_ids", np.int32)
-    response_ids, response_lengths = _ragged(table, "response_ids", np.int32)
-    logprobs, logprob_lengths = _ragged(table, "response_logprobs", np.float32)
+    prompt_ids, prompt_lengths = _ragged(spans, here, "prompt_ids", np.int32)
+    response_ids, response_lengths = _ragged(spans, here, "response_ids", np.int32)
+    logprobs, logprob_lengths = _ragged(spans, here, "response_logprobs", np.float32)
     _same(names, "response_logprobs", response_lengths, logprob_lengths)
     attributes = _attributes(spans, here, ("request", "agl.constrained", RETOKENIZED, ROLE_KIND))
     parent, shared, prompt, end = _tree(table, names, prompt_lengths, response_lengths)
@@ -187,11 +180,14 @@ def _turns(attempt: Array) -> Array:
     return turn
 
 
-def _ragged(table: pa.Table, name: str, dtype: type) -> tuple[Array, Array]:
-    """A list column as flat values and lengths [C]; null is empty."""
-    lengths = pc.fill_null(pc.list_value_length(table[name]), 0)
-    values = pc.list_flatten(table[name])
-    return np.asarray(values.to_numpy(), dtype), np.asarray(lengths.to_numpy(), np.int64)
+def _ragged(spans: pa.Table, here: pa.ChunkedArray, name: str, dtype: type) -> tuple[Array, Array]:
+    """A list column of the spans that `here` marks as flat values and lengths [C]; null is empty."""
+    column, marked = spans[name], here.to_numpy()
+    lengths = np.asarray(pc.fill_null(pc.list_value_length(column), 0).to_numpy(), np.int64)
+    if lengths[~marked].any():
+        column = column.filter(here)  # a span that is no call carries ids: not ours
+    values = pc.list_flatten(column)
+    return np.asarray(values.to_numpy(), dtype), lengths[marked]
 
 
 def _same(names: _Names, column: str, expected: Array, got: Array) -> None:
@@ -265,22 +261,11 @@ def _requests(requests: Mapping[int, str], num_calls: int) -> tuple[Array, list[
 def _attributes(
     spans: pa.Table, here: pa.ChunkedArray, wanted: Sequence[str]
 ) -> dict[str, dict[int, str]]:
-    """The JSON texts of these attributes of the spans that `here` marks, by their number among these; no other text is touched."""
-    marked = here.to_numpy()
-    number = np.cumsum(marked) - 1
+    """The JSON texts of these attributes, by the number of the call."""
     found: dict[str, dict[int, str]] = {name: {} for name in wanted}
-    first = 0
-    for chunk in spans["attributes"].chunks:
-        offsets = chunk.offsets.to_numpy()
-        begin, entries = int(offsets[0]), int(offsets[-1] - offsets[0])
-        keys, values = chunk.keys.slice(begin, entries), chunk.items.slice(begin, entries)
-        row = np.repeat(np.arange(first, first + len(chunk)), np.diff(offsets))
-        for name in wanted:
-            places = np.flatnonzero(pc.equal(keys, name).to_numpy(zero_copy_only=False))
-            places = places[marked[row[places]]]
-            texts = values.take(pa.array(places)).to_pylist()
-            found[name].update(zip(number[row[places]].tolist(), texts, strict=True))
-        first += len(chunk)
+    names = pa.array(wanted)
+    for call, name, text in entries(spans, here, lambda keys: pc.is_in(keys, names)):
+        found[name][call] = text
     return found
 
 

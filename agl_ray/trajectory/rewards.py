@@ -7,19 +7,22 @@ Called by trajectory/credit.py. Python loops run over rewards. Test it alone wit
 
 from __future__ import annotations
 
+import json
 from collections import defaultdict
-from collections.abc import Iterator, Mapping, Sequence
-from typing import Any, NamedTuple
+from collections.abc import Iterable, Sequence
+from typing import NamedTuple
 
 import pyarrow as pa
 import pyarrow.compute as pc
 
 from agl_ray.spans.schema import KIND_REWARD
+from agl_ray.trajectory.attributes import entries
 from agl_ray.trajectory.calls import Calls
 from agl_ray.types.errors import RunError
 
 PRIMARY = "primary"
-_FURTHER = "agentlightning.reward."  # <i>.name, <i>.value: dimensions beside the one in the columns
+_FURTHER = r"^agentlightning\.reward\.[1-9][0-9]*\.(name|value)$"
+"""Attributes of the dimensions beside number 0, which is in the columns."""
 
 
 class PartReward(NamedTuple):
@@ -43,55 +46,74 @@ def read_rewards(spans: pa.Table, calls: Calls) -> Rewards:
     """The rewards of the attempts of `calls`, in the order of the spans. RunError names an attempt that was not asked for."""
     wanted = ["rollout_id", "attempt_id", "reward", "reward_dimension", "reward_target"]
     here = pc.equal(spans["kind"], KIND_REWARD)
-    table = spans.select([*wanted, "attributes"]).filter(here)
+    columns = spans.select(wanted).combine_chunks().filter(here).to_pydict()
+    further = _further(spans, here)
     order = {attempt: index for index, attempt in enumerate(calls.attempts)}
     own: list[dict[str, float]] = [{} for _ in calls.attempts]
     parts: list[PartReward] = []
     unplaced = 0
     places = _Places(calls)
-    for row in table.to_pylist():
-        key = (row["rollout_id"], row["attempt_id"])
-        if key not in order:
+    for number, (rollout, attempt, value, dimension, target) in enumerate(
+        zip(*columns.values(), strict=True)
+    ):
+        if (rollout, attempt) not in order:
             raise RunError(
-                f"the spans read for a training step hold a reward of attempt {key[1]} of rollout {key[0]}, which was not asked for"
+                f"the spans read for a training step hold a reward of attempt {attempt} of rollout {rollout}, which was not asked for"
             )
-        found = places.of(order[key], row["reward_target"]) if row["reward_target"] else None
-        for dimension, value in _dimensions(row):
-            if found is None:
-                own[order[key]][dimension] = value
-            elif found:
-                parts.append(PartReward(dimension, value, found))
-            else:
-                unplaced += 1
+        member = order[rollout, attempt]
+        given = further.get(number, {})
+        if value is not None:
+            given |= {dimension or PRIMARY: value}
+        found = None if target is None else places.of(member, target)
+        if found is None:
+            own[member].update(given)
+        elif found:
+            parts.extend(PartReward(name, amount, found) for name, amount in given.items())
+        else:
+            unplaced += len(given)
     return Rewards(own, parts, unplaced)
 
 
-def _dimensions(row: Mapping[str, Any]) -> Iterator[tuple[str, float]]:
-    """The dimension in the columns, and those that are only in the attributes, whose values are JSON."""
-    first = row["reward_dimension"] or PRIMARY
-    if row["reward"] is not None:
-        yield first, float(row["reward"])
-    attributes = dict(row["attributes"] or ())
-    for key, name in attributes.items():
-        if key.startswith(_FURTHER) and key.endswith(".name") and name.strip('"') != first:
-            value = attributes.get(f"{key.removesuffix('.name')}.value")
-            if value is not None:
-                yield name.strip('"'), float(value)
+def _further(spans: pa.Table, here: pa.ChunkedArray) -> dict[int, dict[str, float]]:
+    """By the number of the reward's span: its further dimensions."""
+    halves: defaultdict[tuple[int, str], dict[str, str]] = defaultdict(dict)
+    found = entries(spans, here, lambda keys: pc.match_substring_regex(keys, _FURTHER))
+    for number, key, text in found:
+        start, _, half = key.rpartition(".")
+        halves[number, start][half] = text
+    further: defaultdict[int, dict[str, float]] = defaultdict(dict)
+    for (number, _), both in halves.items():
+        if len(both) == 2:
+            further[number][str(json.loads(both["name"]))] = float(both["value"])
+    return further
 
 
 class _Places:
-    """The calls that a target names, by attempt."""
+    """The calls that a target names, by attempt; looked up by what kinds of targets there are."""
 
     def __init__(self, calls: Calls) -> None:
-        self._named: defaultdict[tuple[int, str], list[int]] = defaultdict(list)
-        columns: Sequence[Sequence[Any]] = (
-            calls.attempt.tolist(), calls.span_ids, calls.roles, calls.tags, calls.turn.tolist()
-        )  # fmt: skip
-        for call, (attempt, span_id, role, tags, turn) in enumerate(zip(*columns, strict=True)):
-            names = [span_id, f"turn:{turn}", *(f"tag:{tag}" for tag in tags)]
-            names += [] if role is None else [f"role:{role}"]
-            for name in names:
-                self._named[attempt, name].append(call)
+        self._calls = calls
+        self._kinds: dict[str, dict[tuple[int, str], list[int]]] = {}
 
     def of(self, attempt: int, target: str) -> list[int]:
-        return self._named.get((attempt, target), [])
+        kind, colon, name = target.partition(":")
+        if not colon:
+            kind, name = "call", target
+        if kind not in self._kinds:
+            self._kinds[kind] = self._index(kind)
+        return self._kinds[kind].get((attempt, name), [])
+
+    def _index(self, kind: str) -> dict[tuple[int, str], list[int]]:
+        calls = self._calls
+        of_kind: dict[str, Sequence[Iterable[str]]] = {
+            "call": [(one,) for one in calls.span_ids],
+            "role": [() if one is None else (one,) for one in calls.roles],
+            "turn": [(str(one),) for one in calls.turn.tolist()],
+            "tag": [set(tags) for tags in calls.tags],
+        }
+        names = of_kind.get(kind, [])
+        index: defaultdict[tuple[int, str], list[int]] = defaultdict(list)
+        for call, (attempt, mine) in enumerate(zip(calls.attempt.tolist(), names, strict=False)):
+            for name in mine:
+                index[attempt, name].append(call)
+        return index

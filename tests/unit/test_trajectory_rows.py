@@ -94,7 +94,8 @@ def test_the_same_prompt_twice_is_two_rows() -> None:
 
 def test_attempts_stay_apart_and_other_spans_are_passed_over() -> None:
     tool = {**call("t", [], []), "kind": "span"}
-    built = rows_of(call("a", [1], [2]), tool, call("a", [3], [4], attempt=OTHER))
+    stray = {**call("s", [7], [8, 9]), "kind": "span"}  # no call, whatever it carries
+    built = rows_of(call("a", [1], [2]), tool, stray, call("a", [3], [4], attempt=OTHER))
     assert shown(built) == [["1", "2*"], ["3", "4*"]]
     assert built.attempt.tolist() == [0, 1]
     assert built.counts()["calls"] == 2

@@ -1,7 +1,7 @@
-"""agentlightning 0.3.0 in an environment of its own: made once under the cache folder, then asked for the same flows.
+"""agentlightning 0.3.0 in an environment of its own: made once under the cache folder, then asked for the same work.
 
 Its pins: with an OpenTelemetry newer than 1.39.1 / 0.60b1 its exporter loses every span, so these are given to pip with it; Ray is
-there for the naive actor around its memory store. Called by `agl_ray.bench.store`.
+there for the naive actor around its memory store. Called by `agl_ray.bench.store` and `agl_ray.bench.trajectory`.
 """
 
 from __future__ import annotations
@@ -30,6 +30,7 @@ PACKAGES = (
 INSTALL_SECONDS = 1200.0
 RUN_SECONDS = 900.0
 DRIVER = Path(__file__).with_name("agentlightning_driver.py")
+TRIPLETS = Path(__file__).with_name("triplets_driver.py")
 
 
 class Case(NamedTuple):
@@ -64,14 +65,14 @@ def _pip(command: list[str], doing: str) -> None:
         done = subprocess.run(command, capture_output=True, text=True, timeout=INSTALL_SECONDS)
     except (OSError, subprocess.TimeoutExpired) as error:
         raise InputError(
-            f"bench store --against agentlightning: cannot {doing}: {error}"
+            f"agentlightning {VERSION} for comparison: cannot {doing}: {error}"
         ) from error
     if done.returncode:
         errors = [line for line in done.stderr.splitlines() if line.startswith("ERROR")]
         why = " ".join(errors or done.stderr.splitlines()[-3:])
         raise InputError(
-            f"bench store --against agentlightning: cannot {doing}: {why[:600]}; it needs a package index (network, or "
-            "PIP_INDEX_URL), or leave --against out"
+            f"agentlightning {VERSION} for comparison: cannot {doing}: {why[:600]}; it needs a package index (network, or "
+            "PIP_INDEX_URL), or measure without it"
         )
 
 
@@ -85,16 +86,21 @@ def measure(python: Path, cases: Sequence[Case]) -> list[dict[str, float]]:
         "prompt_ids": store_flow.PROMPT_IDS,
         "response_ids": store_flow.RESPONSE_IDS,
     }
+    found: list[dict[str, float]] = ask(python, DRIVER, plan, "flows")
+    return found
+
+
+def ask(python: Path, driver: Path, plan: dict[str, Any], what: str) -> Any:
+    """What `driver`, run by that Python with `plan` as JSON, says in its last line. RunError: its `what` failed or took too long."""
     hidden = ("PYTHONPATH", "RAY_ADDRESS")  # nothing of ours is for that process
     env = {name: value for name, value in os.environ.items() if name not in hidden}
     # -P: the driver's folder, which is ours, stays off its path.
-    command = [str(python), "-P", str(DRIVER), json.dumps(plan)]
+    command = [str(python), "-P", str(driver), json.dumps(plan)]
     try:
         done = subprocess.run(command, capture_output=True, text=True, timeout=RUN_SECONDS, env=env)
     except subprocess.TimeoutExpired as error:
-        raise RunError(f"agentlightning's flows took more than {RUN_SECONDS:g} s") from error
+        raise RunError(f"agentlightning's {what} took more than {RUN_SECONDS:g} s") from error
     if done.returncode:
         lines = done.stderr.strip().splitlines() or [f"exit code {done.returncode}"]
-        raise RunError(f"agentlightning's flows failed: {lines[-1][:800]}")
-    found: list[dict[str, float]] = json.loads(done.stdout.strip().splitlines()[-1])
-    return found
+        raise RunError(f"agentlightning's {what} failed: {lines[-1][:800]}")
+    return json.loads(done.stdout.strip().splitlines()[-1])
