@@ -33,7 +33,7 @@ from actors.restart_watch import RestartWatch
 from actors.rollout_groups import GroupRollouts
 from actors.run_events import RunEvents
 from actors.runner_pool import RunnerPool
-from agl_ray.agents import Hook, Host, LitAgent
+from agl_ray.agents import NO_HOST, Hook, Host, LitAgent
 from agl_ray.config import RunConfig
 from agl_ray.ops.events import Event, Notice, Phase, Progress, StepDone, Validation
 from agl_ray.ops.ledger import Evaluation, Ledger
@@ -66,12 +66,13 @@ class Controller:
         model_path: str,
         agent: LitAgent | str,
         hooks: tuple[Hook, ...] = (),
+        host: Host = NO_HOST,
     ) -> None:
         self.config = RunConfig.model_validate(config)
         self.namespace, self.base, self.model_path = namespace, base, model_path
         self.folder = Path(run_folder)
         setup_logging(self.folder, process="controller", console=None)
-        self.agent, self.hooks = agent, hooks
+        self.agent, self.hooks, self.host = agent, hooks, host
         self.rows: list[Any] = []
         self.held_out: list[Any] = []
         self.store = LightningStore.connect("store", namespace=namespace)
@@ -176,10 +177,7 @@ class Controller:
             namespace=self.namespace,
             notice=lambda text: self._said.tell_soon(Notice(text=text, restarted="runner")),
             hooks=self.hooks,
-            host=Host(
-                store_url=endpoint if self.config.store.door else None,
-                artifacts_folder=str(self.folder / "artifacts"),
-            ),
+            host=replace(self.host, store_url=endpoint if self.config.store.door else None),
         )
         supervision = asyncio.ensure_future(pool.supervise())
         training = asyncio.ensure_future(self._train(groups))

@@ -13,10 +13,12 @@ from __future__ import annotations
 
 import asyncio
 import logging
+import os
 from typing import Any
 
 from agl_ray.agents import NO_HOST, Hook, Host, LitAgent, Outcome, check_hooks, settled
 from agl_ray.agents.calling import left_threads
+from agl_ray.agents.command import STORE_KEY
 from agl_ray.agents.isolation import isolated
 from agl_ray.config.tracing import TracingConfig
 from agl_ray.spans import KIND_REWARD
@@ -59,6 +61,8 @@ class Runner:
         self.otlp = otlp
         self.concurrency = concurrency
         self.host = replace(host, worker_id=worker_id)
+        if host.store_key is not None:
+            os.environ[STORE_KEY] = host.store_key  # for programs that the agent starts
         self._agents = isolated(agent, base, check_hooks(hooks), isolation, tracing.instrument)
         self.timeout_seconds, self.lease_seconds = timeout_seconds, lease_seconds
         self._open: dict[asyncio.Task[None], AttemptedRollout] = {}

@@ -36,7 +36,7 @@ from actors.ray_cluster import cluster_address, joined
 from actors.store import create_store, journal_settings
 from actors.store_door import door_key, store_doors
 from actors.weight_sync import create_weight_sync
-from agl_ray.agents import Hook
+from agl_ray.agents import Hook, Host
 from agl_ray.config import RunConfig
 from agl_ray.config.store_address import store_url
 from agl_ray.gateway.conversation import conversation
@@ -177,6 +177,9 @@ class RunSession:
                 model_path=str(model_path),
                 agent=agent,
                 hooks=hooks,
+                host=Host(
+                    store_key=self._door_key, artifacts_folder=str(self.folder / "artifacts")
+                ),
             )
         )
         self._stack.callback(self._stop_controller, controller)

@@ -21,6 +21,7 @@ _NAMES = {
     "PromptTemplate": "agl_ray.types",
     "Rollout": "agl_ray.types",
     "RolloutConfig": "agl_ray.types",
+    "CommandAgent": "agl_ray.agents",
     "EnvironmentFailure": "agl_ray.agents",
     "Hook": "agl_ray.agents",
     "LitAgent": "agl_ray.agents",

@@ -19,7 +19,6 @@ from typing import TYPE_CHECKING, Any
 
 from agl_ray.algorithms.algorithm import make_algorithm
 from agl_ray.config import RunConfig
-from agl_ray.config.imports import load_object
 from agl_ray.config.load import resolved_json
 from agl_ray.config.model_folder import cached_model, check_model_folder
 from agl_ray.config.rows import load_rows
@@ -103,16 +102,17 @@ class Trainer:
 
     def _agent(self, agent: Any) -> Any:
         """The agent, or its import string once it is known to import (the runners import it again)."""
-        from agl_ray.agents import as_agent
+        from agl_ray.agents import agent_of, as_agent
 
         if agent is not None:
             return as_agent(agent)
         if self.config.agent is None:
             raise InputError(
-                "no agent: give `agent: path/file.py:function` in the configuration, or Trainer.fit(agent)"
+                "no agent: give `agent: path/file.py:function` or `agent: {command: [...]}` in the configuration, or "
+                "Trainer.fit(agent)"
             )
-        as_agent(load_object(self.config.agent, self.base), what=f"agent {self.config.agent!r}")
-        return self.config.agent
+        found = agent_of(self.config.agent, self.base)
+        return self.config.agent if isinstance(self.config.agent, str) else found
 
     def rows(self, key: str, source: str | None) -> list[Any]:
         """The rows that the configuration names under `key`; InputError where it names none."""

@@ -10,12 +10,14 @@ from agl_ray.agents.agent import (
     prompt_rollout,
     rollout,
 )
+from agl_ray.agents.command import CommandAgent, agent_of
 from agl_ray.agents.execute import NO_HOST, Host, Place, run_agent
 from agl_ray.agents.hooks import Hook, check_hooks
 from agl_ray.agents.outcome import Outcome, settled
 
 __all__ = [
     "NO_HOST",
+    "CommandAgent",
     "EnvironmentFailure",
     "FunctionAgent",
     "Hook",
@@ -24,6 +26,7 @@ __all__ = [
     "Outcome",
     "Place",
     "RolloutContext",
+    "agent_of",
     "as_agent",
     "check_hooks",
     "llm_rollout",

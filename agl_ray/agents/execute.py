@@ -33,10 +33,12 @@ class Place(enum.Enum):
 
 
 class Host(Record, frozen=True):
-    """What a runner tells the agents that it runs, beside their attempt; see RolloutContext."""
+    """What a runner tells the agents that it runs, beside their attempt; see RolloutContext. store_key: what callers of the store's
+    doors must show, None: nothing; programs find it in AGL_STORE_API_KEY."""
 
     worker_id: str = "local"
     store_url: str | None = None
+    store_key: str | None = None
     artifacts_folder: str | None = None
 
 

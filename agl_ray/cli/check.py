@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import shlex
 import textwrap
 from collections.abc import Callable, Iterator
 from pathlib import Path
@@ -111,10 +112,9 @@ def _rows(config: RunConfig, source: str, base: Path) -> str:
 
 
 def _agent(config: RunConfig, base: Path) -> str:
-    from agl_ray.agents import as_agent
-    from agl_ray.config import load_object
+    from agl_ray.agents import agent_of
 
     if config.agent is None:
         return "none named: it is given in Python, Trainer.fit(agent)"
-    as_agent(load_object(config.agent, base), what=f"agent {config.agent!r}")
-    return config.agent
+    agent_of(config.agent, base)
+    return config.agent if isinstance(config.agent, str) else shlex.join(config.agent.command)

@@ -10,6 +10,7 @@ from typing import Any
 
 from pydantic import ValidationError
 
+from agl_ray.config.agent import FORMS
 from agl_ray.config.paths import close_names
 from agl_ray.config.schema import all_paths, allows_null, field_at, first_sentence, names_in
 
@@ -77,7 +78,7 @@ def unknown_key(path: KeyPath, where: str) -> str:
 
 
 def _one(item: Any, data: dict[str, Any], sources: Sources) -> str:
-    path = tuple(str(part) for part in item["loc"])
+    path = tuple(str(part) for part in item["loc"] if part not in FORMS)
     where = sources.at(path)
     kind, context = item["type"], item.get("ctx") or {}
     if kind == "extra_forbidden":

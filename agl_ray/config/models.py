@@ -11,6 +11,7 @@ from typing import Annotated, Literal
 
 from pydantic import Field, model_validator
 
+from agl_ray.config.agent import AgentKey
 from agl_ray.config.algorithm import AlgorithmConfig
 from agl_ray.config.credit import CreditConfig
 from agl_ray.config.runners import RunnersConfig
@@ -219,8 +220,9 @@ class RunConfig(Section):
     """Where run folders are made."""
     cache_dir: Path = Field(default=Path(".cache"), validate_default=False)
     """Where made base models are kept."""
-    agent: str | None = None
-    """`file.py:function` or `module:function` of an `@agl.rollout` function or LitAgent; None only from Python (`Trainer.fit(agent)`)."""
+    agent: AgentKey | None = None
+    """`file.py:function` or `module:function` of an `@agl.rollout` function or LitAgent, or `{command: [...]}`, a program in any language
+    (`agl_ray.agents.command` says what it gets); None only from Python (`Trainer.fit(agent)`)."""
     model: ModelConfig
     data: DataConfig = DataConfig()
     rollout: RolloutSection = RolloutSection()

@@ -15,11 +15,11 @@ from agl_ray.config.models import RunConfig
 
 
 def section_of(annotation: Any) -> type[BaseModel] | None:
-    """The section class in an annotation (`Section`, `Section | None`), or None."""
-    for kind in (annotation, *get_args(annotation)):
-        if isinstance(kind, type) and issubclass(kind, BaseModel):
-            return kind
-    return None
+    """The section class in an annotation (`Section`, `Section | None`, one of several forms), or None."""
+    if isinstance(annotation, type) and issubclass(annotation, BaseModel):
+        return annotation
+    inner = (section_of(kind) for kind in get_args(annotation))
+    return next((kind for kind in inner if kind is not None), None)
 
 
 def field_at(path: tuple[str, ...], root: type[BaseModel] = RunConfig) -> FieldInfo | None:

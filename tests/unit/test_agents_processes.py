@@ -12,6 +12,7 @@ from typing import Any
 
 import psutil
 import pytest
+from processes import is_alive
 
 from agl_ray.agents import Host, Outcome, settled
 from agl_ray.agents.processes import OUTPUT_SPAN, AgentProcesses
@@ -113,7 +114,7 @@ def test_a_deadline_ends_a_plain_function_and_keeps_what_it_recorded_and_printed
         assert output["name"] == OUTPUT_SPAN
         assert output["attributes"] == {"bytes": 14, "tail": "about to hang\n"}
         pid = int((tmp_path / "ro-1" / "at-1" / "pid").read_text())
-        assert not psutil.pid_exists(pid)
+        assert not is_alive(pid)
         assert (await run({"do": "nothing"}))[0].reward == 1.0
 
     with_processes(tmp_path, scenario)
@@ -137,7 +138,7 @@ def test_what_a_rollout_has_started_ends_with_it_wherever_it_hides(
         assert outcome.reason is (EndReason.TIMEOUT if hang else EndReason.OK)
         pids = [int(pid) for pid in (tmp_path / "ro-1" / "at-1" / "pids").read_text().split()]
         assert len(pids) == 3
-        await until(lambda: not any(psutil.pid_exists(pid) for pid in pids))
+        await until(lambda: not any(is_alive(pid) for pid in pids))
         assert (await other)[0].reward == 1.0
 
     with_processes(tmp_path, scenario)
@@ -177,7 +178,7 @@ def test_a_cancelled_rollout_is_ended(tmp_path: Path) -> None:
         task.cancel()
         with pytest.raises(asyncio.CancelledError):
             await task
-        assert not psutil.pid_exists(int(file.read_text()))
+        assert not is_alive(int(file.read_text()))
 
     with_processes(tmp_path, scenario)
 
@@ -242,7 +243,7 @@ def test_everything_ends_with_the_runner(tmp_path: Path) -> None:
         processes = await AgentProcesses.start(named("bad_agents.py:misbehaves", HERE))
         run, pids = await daemons_of(processes, tmp_path)
         await processes.close()
-        assert not any(psutil.pid_exists(pid) for pid in pids)
+        assert not any(is_alive(pid) for pid in pids)
         run.cancel()
         await asyncio.gather(run, return_exceptions=True)
 
