@@ -18,12 +18,15 @@ from starlette.requests import Request
 from starlette.responses import JSONResponse, Response
 from starlette.routing import Route
 
+from actors.runner import Runner
+from agl_ray.agents import CommandAgent, Host
+from agl_ray.config.tracing import TracingConfig
 from agl_ray.gateway.door import Door, DoorSettings
 from agl_ray.gateway.http import GatewayApp
 from agl_ray.gateway.render import Renderer
 from agl_ray.store import LightningStore, StoreCore
 from agl_ray.store.doors.facade import environment, facade_app, reported_reward
-from agl_ray.types import LLM, EndReason
+from agl_ray.types import LLM, EndReason, EnqueueRolloutRequest
 
 HERE = Path(__file__).parent
 LOCAL_RUNNER = (
@@ -170,6 +173,60 @@ def test_an_agent_of_1_0_is_trained_on_through_our_gateway(tmp_path: Path) -> No
             assert first["response_token_ids"] == words
             assert first["response_log_probs"] == [-0.5] * len(words)
             assert first["server"]["version"] == 7
+        await core.close()
+
+    asyncio.run(main())
+
+
+def test_an_agent_of_1_0_runs_unchanged_as_a_command(tmp_path: Path) -> None:
+    """Under a runner of ours: its three variables are set, the task goes into its own, the reward that it posts counts."""
+    renderer = Renderer(save_model_folder(tmp_path / "model"), "hermes")
+    words = [*renderer.encode("The answer is 432."), *renderer.stop_ids]
+    agent = CommandAgent(
+        [sys.executable, "facade_agents.py"],
+        cwd=HERE,
+        env_map={"QUESTION": "input.question", "ANSWER": "input.answer"},
+    )
+
+    async def main() -> None:
+        core = await StoreCore.open(f"sqlite:///{tmp_path}/store.db")
+        store = LightningStore.local(core)
+        door = Door(
+            store,
+            FakeEngine(lambda request: (words, "stop")),
+            renderer,
+            DoorSettings(max_model_len=400),
+        )
+        async with (
+            serving(GatewayApp(door, renderer)) as gateway,
+            serving(facade_app(store, gateway)) as url,
+        ):
+            await store.add_resources({"main": LLM(endpoint=gateway, model="policy")})
+            runner = Runner(
+                "runner-1",
+                store,
+                agent,
+                base=str(HERE),
+                concurrency=2,
+                timeout_seconds=60,
+                lease_seconds=30,
+                tracing=TracingConfig(instrument="off"),
+                otlp=False,
+                host=Host(store_url=url, artifacts_folder=str(tmp_path)),
+            )
+            working = asyncio.ensure_future(runner.run())
+            tasks = [{"question": "47+385?", "answer": "432"}, {"question": "1+1?", "answer": "7"}]
+            requests = [EnqueueRolloutRequest(input=task, mode="train") for task in tasks]
+            rollouts = await store.enqueue_many_rollouts(requests)
+            ids = [one.rollout_id for one in rollouts]
+            assert len(await store.wait_for_rollouts(rollout_ids=ids, timeout=60)) == 2
+            attempts = {one.rollout_id: one for one in await store.get_attempts(ids)}
+            ends = [(attempts[one].end_reason, attempts[one].reward) for one in ids]
+            assert ends == [("ok", 1.0), ("ok", 0.0)]
+            rows = await store.query_span_rows(ids[0], attempts[ids[0]].attempt_id)
+            assert sorted(row["kind"] for row in rows) == ["call", "reward", "span"]
+            await runner.stop()
+            await working
         await core.close()
 
     asyncio.run(main())
