@@ -237,6 +237,28 @@ def gc(
 
 
 @app.command()
+def rotate(
+    run: Run,
+    run_id: RunId = None,
+    payload: Payload = None,
+    encryption: Encryption = None,
+) -> None:
+    """Seal an encrypted store with the newest of AGL_ENCRYPTION_KEYS; the older keys are not needed afterwards.
+
+    Values rest under data keys of the store's own; those are what AGL_ENCRYPTION_KEYS seals, and what is sealed anew.
+
+    \b
+    Example:
+      AGL_ENCRYPTION_KEYS=NEW,OLD agl-ray store rotate latest
+    """
+    from agl_ray.cli.store_rotate import rotate as work
+
+    target = _target(run, run_id, payload, encryption)
+    asyncio.run(work(target))
+    print(f"{target.shown}: the newest key opens it, and no other one")
+
+
+@app.command()
 def serve(
     url: Annotated[str, typer.Argument(metavar="URL", help="The journal: sqlite:///path, ...")],
     host: Annotated[str, typer.Option("--host", help="Address to listen at.")] = "127.0.0.1",

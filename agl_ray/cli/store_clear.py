@@ -148,8 +148,8 @@ def shrink(file: Path) -> None:
             connection.close()
     except sqlite3.Error as error:
         raise StoreError(
-            f"store journal {file}: the rollouts are dropped, and the file could not be made smaller: {error}; its free space "
-            "is used again by what comes, or try gc again"
+            f"store journal {file}: the work is done, and the file could not be written anew without its free space: {error}; that "
+            "space is used again by what comes, or try the command again"
         ) from error
 
 

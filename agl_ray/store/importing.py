@@ -25,7 +25,7 @@ from agl_ray.store.journals.settings import JournalSettings
 from agl_ray.store.payload import SEQUENCE, pack
 from agl_ray.store.rows import row_of
 from agl_ray.store.tables import ATTEMPTS, RESOURCES, ROLLOUTS, WORKERS, RecordTable
-from agl_ray.types import InputError
+from agl_ray.types import InputError, StoreError
 
 RECORDS = 2000  # rows read at once
 SPAN_ROWS = 512
@@ -37,11 +37,14 @@ async def import_store(
 ) -> dict[str, int]:
     """Write the export in `folder` into the empty journal at `url`; rows by kind.
 
-    InputError: no whole export, columns that do not fit, a store that holds something. After an error half-way the store holds a part:
+    InputError: no whole export, columns that do not fit, a store that cannot be opened or holds something. After an error half-way the store holds a part:
     remove it before trying again."""
     expected = read_manifest(folder)["rows"]
     journal = open_journal(url, settings)
-    live = await open_checked(journal)
+    try:
+        live = await open_checked(journal)
+    except StoreError as error:
+        raise InputError(str(error)) from error
     try:
         if not await is_empty(journal, live):
             raise InputError(

@@ -167,6 +167,30 @@ def test_the_command_line_looks_at_a_living_run(
     assert "alive" not in said("ls", *there)
 
 
+def test_an_encrypted_run_gets_another_key(
+    postgres_url: str,
+    run_id: str,
+    monkeypatch: pytest.MonkeyPatch,
+    capsys: pytest.CaptureFixture[str],
+) -> None:
+    old, new = FieldCipher.new_key(), FieldCipher.new_key()
+    there = [postgres_url, "--run-id", run_id, "--encryption", "fernet"]
+
+    async def fill() -> None:
+        settings = JournalSettings(run_id=run_id, encryption="fernet")
+        core = await StoreCore.open(postgres_url, settings=settings)
+        await LightningStore.local(core).enqueue_rollout({"secret": 42})
+        await core.close()
+
+    monkeypatch.setenv("COLUMNS", "200")
+    monkeypatch.setenv(KEYS_VARIABLE, old)
+    asyncio.run(fill())
+    for keys, verb, code in ((f"{new},{old}", "rotate", 0), (old, "ls", 2), (new, "ls", 0)):
+        monkeypatch.setenv(KEYS_VARIABLE, keys)
+        assert main(["store", verb, *there]) == code, capsys.readouterr()
+    assert "secret" in capsys.readouterr().out
+
+
 def test_a_database_without_a_store_is_said(postgres_url: str) -> None:
     import psycopg
 

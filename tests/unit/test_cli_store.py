@@ -89,7 +89,7 @@ def answer(capsys: pytest.CaptureFixture[str], *words: str) -> Any:
     return json.loads(out(capsys, *words, "--json"))
 
 
-@pytest.mark.parametrize("verb", ["ls", "show", "export", "import", "gc", "serve"])
+@pytest.mark.parametrize("verb", ["ls", "show", "export", "import", "gc", "rotate", "serve"])
 def test_every_help_shows_an_example(verb: str, capsys: pytest.CaptureFixture[str]) -> None:
     text = out(capsys, verb, "--help")
     assert "Example" in text

@@ -159,7 +159,7 @@ def test_a_missing_driver_and_missing_keys_are_configuration_errors(
     monkeypatch.undo()
     monkeypatch.delenv("AGL_ENCRYPTION_KEYS", raising=False)
     with pytest.raises(ConfigError, match="AGL_ENCRYPTION_KEYS"):
-        opening._keys(JournalSettings(encryption="aes-gcm").encryption)
+        opening.encryption_keys(JournalSettings(encryption="aes-gcm").encryption)
 
 
 def written(path: Path) -> Path:

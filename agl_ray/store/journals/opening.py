@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import importlib
 import os
+from collections.abc import Sequence
 from typing import Any
 
 from agl_ray.config.store_address import masked
@@ -21,9 +22,12 @@ DATABASES = {"postgresql": "postgres", "postgresql+psycopg": "postgres"}
 DATABASES |= {"mongodb": "mongo", "mongodb+srv": "mongo"}
 
 
-def open_journal(url: str, settings: JournalSettings | None = None) -> Journal:
+def open_journal(
+    url: str, settings: JournalSettings | None = None, *, keys: Sequence[str] | None = None
+) -> Journal:
     """The journal for `url` (`sqlite:///path`: three slashes relative, four absolute; `postgresql://user:password@host:port/database`;
-    `mongodb://...`; `memory://`), with payloads outside and encryption as `settings` say. Nothing is opened yet.
+    `mongodb://...`; `memory://`), with payloads outside and encryption as `settings` say. Nothing is opened yet. keys: None = those of
+    AGL_ENCRYPTION_KEYS.
 
     ConfigError: an unknown URL, a driver that is not installed, encryption without keys."""
     settings = settings or JournalSettings()
@@ -33,7 +37,8 @@ def open_journal(url: str, settings: JournalSettings | None = None) -> Journal:
         journal = outside.Outside(journal, settings.payload)
     if settings.encryption != "off":
         encrypted = _part("encrypted")
-        journal = encrypted.Encrypted(journal, settings.encryption, _keys(settings.encryption))
+        given = encryption_keys(settings.encryption) if keys is None else keys
+        journal = encrypted.Encrypted(journal, settings.encryption, given)
     return journal
 
 
@@ -54,7 +59,7 @@ def open_reading(url: str, settings: JournalSettings | None = None) -> tuple[Jou
     if settings.payload != "journal":
         journal = _part("outside").Outside(journal, settings.payload, reading=True)
     if settings.encryption != "off":
-        keys = _keys(settings.encryption)
+        keys = encryption_keys(settings.encryption)
         journal = _part("encrypted").Encrypted(journal, settings.encryption, keys, reading=True)
     return journal, inner
 
@@ -92,7 +97,8 @@ def _part(name: str) -> Any:
         ) from error
 
 
-def _keys(encryption: str) -> tuple[str, ...]:
+def encryption_keys(encryption: str) -> tuple[str, ...]:
+    """Newest first. ConfigError where there is none."""
     keys = tuple(key.strip() for key in os.environ.get(KEYS_VARIABLE, "").split(",") if key.strip())
     if not keys:
         raise ConfigError(
