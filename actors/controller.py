@@ -35,6 +35,7 @@ from actors.run_events import RunEvents
 from actors.runner_pool import RunnerPool
 from agl_ray.agents import NO_HOST, Hook, Host, LitAgent
 from agl_ray.config import RunConfig
+from agl_ray.config.roles import role_models
 from agl_ray.ops.events import Event, Notice, Phase, Progress, StepDone, Validation
 from agl_ray.ops.ledger import Evaluation, Ledger
 from agl_ray.ops.log import setup_logging
@@ -158,9 +159,8 @@ class Controller:
         unfinished = [status for status in RolloutStatus if not status.final]
         stale = await self.store.query_rollouts(status_in=unfinished)
         await self.store.cancel_rollouts([rollout.rollout_id for rollout in stale])
-        resources = await self.store.add_resources(
-            {"main_llm": LLM(endpoint=endpoint, model=MODEL_NAME)}
-        )
+        llm = LLM(endpoint=endpoint, model=MODEL_NAME, roles=role_models(self.config.roles))
+        resources = await self.store.add_resources({"main_llm": llm})
         groups = GroupRollouts(
             self.config,
             self.store,

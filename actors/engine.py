@@ -45,20 +45,27 @@ APPLY_SECONDS = 120.0
 
 
 def engine_deployment(
-    config: RunConfig, model_path: str | Path, namespace: str, *, follow: bool = True
+    config: RunConfig,
+    model_path: str | Path,
+    namespace: str,
+    *,
+    follow: bool = True,
+    name: str = "Engine",
+    replicas: int | None = None,
 ) -> Any:
     """The bound Serve application of the engine, for `serve.run` or to bind into the gateway.
 
     `model_path`: the run's base model folder (weights and tokenizer), readable on every node. `namespace`: where the
-    `weight_sync` actor lives. `follow=False` serves the folder's weights as version 0 and listens to nobody (benchmarks, evaluation).
+    `weight_sync` actor lives. `follow=False` serves the folder's weights as version 0 and listens to nobody (frozen roles, benchmarks, evaluation).
+    `name` of the deployment; `replicas`: None = `engine.replicas`.
     """
     from ray import serve
 
     engine = config.engine
     deployment = serve.deployment(
         Engine,
-        name="Engine",
-        num_replicas=engine.replicas,
+        name=name,
+        num_replicas=engine.replicas if replicas is None else replicas,
         # vLLM's own queue keeps its batch full; beyond that calls wait at the router for whichever replica is free first.
         max_ongoing_requests=2 * engine.max_num_seqs,
         health_check_period_s=HEALTH_PERIOD_SECONDS,

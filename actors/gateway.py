@@ -24,15 +24,21 @@ import shutil
 import socket
 import tempfile
 import time
-from collections.abc import AsyncGenerator, Iterator
+from collections.abc import AsyncGenerator, Iterator, Mapping
 from pathlib import Path
 from typing import Any
 
 from agl_ray.config.models import RunConfig
-from agl_ray.gateway.door import Door, DoorSettings, EngineLost
+from agl_ray.config.roles import RoleConfig
+from agl_ray.gateway.door import Door, DoorSettings
 from agl_ray.gateway.engine_api import GenerateChunk, GenerateRequest, GenerateResult
 from agl_ray.gateway.http import GatewayApp
+from agl_ray.gateway.limits import Limits
 from agl_ray.gateway.render import Renderer
+from agl_ray.gateway.roles import EngineLost, EngineRole, OutsideRole
+from agl_ray.gateway.upstream import Upstream, UpstreamSettings
+from agl_ray.gateway.upstream_anthropic import AnthropicApi
+from agl_ray.gateway.upstream_openai import OpenAIApi
 from agl_ray.store.client import LightningStore
 from agl_ray.types import EngineError, InputError, RunError, WaitTimeout
 
@@ -99,19 +105,57 @@ def _engine_errors() -> Iterator[None]:
 class Gateway:
     """One gateway process. Made by Serve; ready when tokenizer and tool parser are loaded and the store knows of it."""
 
-    def __init__(self, config: RunConfig, model_path: str, namespace: str, engine: Any) -> None:
-        parsers = config.engine.tool_parser, config.engine.reasoning_parser
-        renderer = Renderer(model_path, *parsers)
+    def __init__(
+        self,
+        config: RunConfig,
+        model_path: str,
+        namespace: str,
+        engine: Any,
+        frozen: Mapping[str, Any],
+        keys: Mapping[str, str],
+    ) -> None:
+        renderer = _renderer(config, model_path)
         settings = DoorSettings(
             max_model_len=config.engine.max_model_len,
             call_timeout_seconds=config.gateway.call_timeout_seconds,
+            overlong=config.gateway.overlong,
+            limits=Limits(config.gateway.max_calls, config.gateway.max_tokens_per_rollout),
         )
         store = LightningStore.connect(namespace=namespace)
-        door = Door(store, HandleEngine(engine), renderer, settings)
+        main = HandleEngine(engine)
+        roles: dict[str, EngineRole | OutsideRole] = {}
+        for name, role in config.roles.items():
+            if role.kind == "train":
+                roles[name] = EngineRole(main, renderer)
+            elif role.kind == "frozen":
+                own = renderer if role.model is None else _renderer(config, role.model)
+                roles[name] = EngineRole(HandleEngine(frozen[name]), own, "frozen")
+            else:
+                roles[name] = OutsideRole(_upstream(name, role, keys.get(name)))
+        door = Door(store, main, renderer, settings, roles=roles)
         self._app = GatewayApp(door, renderer, functools.partial(_sign_in, store))
 
     def __serve_build_asgi_app__(self) -> GatewayApp:
         return self._app
+
+
+def _renderer(config: RunConfig, model_path: str) -> Renderer:
+    return Renderer(model_path, config.engine.tool_parser, config.engine.reasoning_parser)
+
+
+def _upstream(name: str, role: RoleConfig, key: str | None) -> Upstream:
+    """The client of an endpoint role; what such a role must have, its config has checked."""
+    settings = UpstreamSettings(
+        role=name,
+        base_url=role.base_url or "",
+        model=role.model or "",
+        key=key,
+        requests_per_minute=role.requests_per_minute,
+        concurrency=role.concurrency,
+        max_tokens=role.max_tokens,
+    )
+    api = AnthropicApi() if role.api == "anthropic" else OpenAIApi(role.max_tokens_field)
+    return Upstream(settings, api)
 
 
 async def _sign_in(store: LightningStore) -> None:
@@ -123,12 +167,18 @@ async def _sign_in(store: LightningStore) -> None:
 
 
 def gateway_deployment(
-    config: RunConfig, model_path: str | Path, namespace: str, engine_app: Any
+    config: RunConfig,
+    model_path: str | Path,
+    namespace: str,
+    engine_app: Any,
+    frozen_apps: Mapping[str, Any] | None = None,
+    keys: Mapping[str, str] | None = None,
 ) -> Any:
     """The bound Serve application of the gateway, for `serve.run(..., route_prefix="/")`.
 
     `model_path`: the run's base model folder (its tokenizer is used), readable on every node. `namespace`: where the `store` actor
-    lives. `engine_app`: the bound engine deployment (`actors.engine.engine_deployment`).
+    lives. `engine_app`: the bound engine deployment (`actors.engine.engine_deployment`), `frozen_apps` those of the
+    frozen roles, by role; `keys` those of the endpoint roles, by role (`endpoint_keys`).
     """
     from ray import serve
 
@@ -157,7 +207,9 @@ def gateway_deployment(
             },
         },
     )
-    return deployment.bind(config, str(model_path), namespace, engine_app)
+    return deployment.bind(
+        config, str(model_path), namespace, engine_app, dict(frozen_apps or {}), dict(keys or {})
+    )
 
 
 def serve_environment(config: RunConfig) -> dict[str, str]:

@@ -38,6 +38,7 @@ from actors.store_door import door_key, store_doors
 from actors.weight_sync import create_weight_sync
 from agl_ray.agents import Hook, Host
 from agl_ray.config import RunConfig
+from agl_ray.config.roles import endpoint_keys
 from agl_ray.config.store_address import store_url
 from agl_ray.gateway.conversation import conversation
 from agl_ray.gateway.engine_api import GenerateRequest
@@ -70,6 +71,7 @@ class RunSession:
         self._interruption = Interruption()
         self._store: LightningStore | None = None
         self._door_key: str | None = None
+        self._role_keys: dict[str, str] = {}
         self._rows: list[ray.ObjectRef] = []
         self._sync: ActorHandle | None = None  # held: Ray ends an actor whose last handle is gone
 
@@ -99,6 +101,7 @@ class RunSession:
         """Ray, the store, weight sync. InputError at once when the HTTP door's port is taken."""
         check_door(self.config)
         self._door_key = door_key(self.config) if self.config.store.door else None
+        self._role_keys = endpoint_keys(self.config.roles)
         url = store_url(self.config.store.url, self.folder)
         if cluster_address(self.config) is None:
             check_vllm()  # elsewhere the engine's own node says so
@@ -202,7 +205,21 @@ class RunSession:
         host, port = start_serve(self.config)
         self._stack.callback(serve.shutdown)
         engine = engine_deployment(self.config, str(model_path), self.namespace)
-        application = gateway_deployment(self.config, str(model_path), self.namespace, engine)
+        frozen = {
+            name: engine_deployment(
+                self.config,
+                role.model or str(model_path),
+                self.namespace,
+                follow=False,
+                name=f"Engine-{name}",
+                replicas=role.replicas,
+            )
+            for name, role in self.config.roles.items()
+            if role.kind == "frozen"
+        }
+        application = gateway_deployment(
+            self.config, str(model_path), self.namespace, engine, frozen, self._role_keys
+        )
         address = f"http://{host}:{port}"
         targets = [serve.RunTarget(application, name=APPLICATION, route_prefix="/")]
         if self.config.store.door:

@@ -16,18 +16,23 @@ from agl_ray.gateway.door import Door, DoorSettings
 from agl_ray.gateway.engine_api import GenerateResult
 from agl_ray.gateway.http import GatewayApp
 from agl_ray.gateway.render import Renderer
+from agl_ray.gateway.roles import EngineRole, OutsideRole
 from agl_ray.types import replace
 
 BASE = "/rollout/ro-1/attempt/at-1"
 
 
 class Desk:
-    """`script` is FakeEngine's; `says` makes one entry of it."""
+    """`script` is FakeEngine's; `says` makes one entry of it. `roles`: beside `planner`, which is trained by the same engine."""
 
     def __init__(self, renderer: Renderer, script: Any, *, mode: str = "val", **options: Any):
         self.renderer = renderer
         self.store = FakeStore(mode, options.pop("metadata", None))
         self.engine = FakeEngine(script)
+        self.roles: dict[str, EngineRole | OutsideRole] = {
+            "planner": EngineRole(self.engine, renderer),
+            **options.pop("roles", {}),
+        }
         self.settings = DoorSettings(
             **{"max_model_len": 2000, "call_timeout_seconds": 5.0, **options}
         )
@@ -37,7 +42,7 @@ class Desk:
         """The gateway process dies and another one takes over."""
         made = len(self.store.batches)
         self.store.attempt = replace(self.store.attempt, num_spans=made)
-        self.door = Door(self.store, self.engine, self.renderer, self.settings)
+        self.door = Door(self.store, self.engine, self.renderer, self.settings, roles=self.roles)
         self.app = GatewayApp(self.door, self.renderer)
 
     @property

@@ -22,6 +22,7 @@ from gateway_fakes import END, save_model_folder
 from processes import descendants
 
 from agl_ray.config.models import RunConfig
+from agl_ray.config.roles import endpoint_keys
 from agl_ray.gateway.engine_api import GenerateChunk, GenerateRequest, GenerateResult
 from agl_ray.types import LLM, AttemptedRollout, EndReason, EngineError
 
@@ -29,12 +30,13 @@ NAMESPACE = "gateway-test"
 
 
 class ScriptedEngine:
-    """The engine deployment. It obeys the last user message: `say X`, `call X` (a tool call with expression X, in a spelling of
+    """An engine deployment; `version` is that of its weights. It obeys the last user message: `say X`, `call X` (a tool call with expression X, in a spelling of
     its own), `slow`, `fail`, `die X` (its process ends, once per X). `marks` is a folder for what must outlive the process."""
 
-    def __init__(self, folder: str, marks: str) -> None:
+    def __init__(self, folder: str, marks: str, version: int = 3) -> None:
         from tokenizers import Tokenizer
 
+        self.version = version
         self.tokenizer = Tokenizer.from_file(f"{folder}/tokenizer.json")
         self.marks = Path(marks)
 
@@ -65,7 +67,7 @@ class ScriptedEngine:
         return GenerateResult(
             response_ids=ids,
             logprobs=[-0.25] * len(ids),
-            weight_versions=[(0, 3)],
+            weight_versions=[(0, self.version)],
             finish_reason="stop" if ids[-1] == end else "length",
         )
 
@@ -87,13 +89,14 @@ class ScriptedEngine:
         return os.getpid()
 
 
-def run_config(folder: Path, **gateway: Any) -> RunConfig:
+def run_config(folder: Path, roles: dict[str, Any] | None = None, **gateway: Any) -> RunConfig:
     return RunConfig.model_validate(
         {
             "model": {"path": str(folder)},
             "data": {"train": "x.jsonl", "val": "x.jsonl"},
             "engine": {"tool_parser": "hermes", "max_model_len": 400},
             "gateway": {"call_timeout_seconds": 40.0, **gateway},
+            "roles": roles or {},
         }
     )
 
@@ -119,13 +122,15 @@ class System:
         made: AttemptedRollout = self.ask("attempt", mode)
         return made
 
-    def base(self, one: AttemptedRollout) -> str:
+    def base(self, one: AttemptedRollout, role: str | None = None) -> str:
         llm = LLM(endpoint=self.url, model="tiny")
-        return llm.get_base_url(one.rollout_id, one.attempt_id)
+        return llm.get_base_url(one.rollout_id, one.attempt_id, role)
 
-    def client(self, one: AttemptedRollout, **options: Any) -> openai.OpenAI:
+    def client(
+        self, one: AttemptedRollout, role: str | None = None, **options: Any
+    ) -> openai.OpenAI:
         fields = {"max_retries": 0, "timeout": 90, **options}
-        return openai.OpenAI(base_url=self.base(one), api_key="none", **fields)
+        return openai.OpenAI(base_url=self.base(one, role), api_key="none", **fields)
 
     def spans(self, one: AttemptedRollout) -> list[dict[str, Any]]:
         rows: list[dict[str, Any]] = self.ask("spans", one.rollout_id, one.attempt_id)
@@ -142,12 +147,13 @@ class System:
         self._process.join(60)
 
 
-def start(folder: Path, **gateway: Any) -> System:
-    """Start it all; `folder` (short path) takes model, marks and Ray's files; `gateway` are keys of that config section."""
+def start(folder: Path, roles: dict[str, Any] | None = None, **gateway: Any) -> System:
+    """Start it all; `folder` (short path) takes model, marks and Ray's files; `roles` is that config section, `gateway` are keys of that
+    one. A frozen role has a scripted engine of its own."""
     (folder / "marks").mkdir(parents=True)
     context = multiprocessing.get_context("spawn")
     ours, theirs = context.Pipe()
-    process = context.Process(target=_child, args=(theirs, str(folder), gateway))
+    process = context.Process(target=_child, args=(theirs, str(folder), roles, gateway))
     process.start()
     if not ours.poll(240):
         process.kill()
@@ -158,15 +164,19 @@ def start(folder: Path, **gateway: Any) -> System:
     return System(process, ours, hello, folder / "marks")
 
 
-def _child(pipe: Connection, folder: str, gateway: dict[str, Any]) -> None:
+def _child(
+    pipe: Connection, folder: str, roles: dict[str, Any] | None, gateway: dict[str, Any]
+) -> None:
     try:
-        asyncio.run(_serve(pipe, Path(folder), gateway))
+        asyncio.run(_serve(pipe, Path(folder), roles, gateway))
     except Exception as error:
         pipe.send(RuntimeError(f"the system failed: {error!r}"))
         raise
 
 
-async def _serve(pipe: Connection, folder: Path, gateway: dict[str, Any]) -> None:
+async def _serve(
+    pipe: Connection, folder: Path, roles: dict[str, Any] | None, gateway: dict[str, Any]
+) -> None:
     from actors.gateway import (
         gateway_deployment,
         serve_environment,
@@ -175,7 +185,7 @@ async def _serve(pipe: Connection, folder: Path, gateway: dict[str, Any]) -> Non
     )
     from actors.store import create_store
 
-    config = run_config(save_model_folder(folder / "model"), **gateway)
+    config = run_config(save_model_folder(folder / "model"), roles, **gateway)
     environment = serve_environment(config)
     os.environ.update(environment)
     os.environ["PYTHONPATH"] = os.pathsep.join(
@@ -194,14 +204,29 @@ async def _serve(pipe: Connection, folder: Path, gateway: dict[str, Any]) -> Non
     )
     store = await asyncio.to_thread(create_store, "store", NAMESPACE, "memory://")
     host, port = await asyncio.to_thread(start_serve, config)
-    engine = serve.deployment(
-        ScriptedEngine,
-        name="Engine",
-        max_ongoing_requests=100,
-        health_check_period_s=1.0,
-        graceful_shutdown_timeout_s=1.0,
-    ).bind(str(folder / "model"), str(folder / "marks"))
-    application = gateway_deployment(config, folder / "model", NAMESPACE, engine)
+
+    def engine(name: str, version: int) -> Any:
+        return serve.deployment(
+            ScriptedEngine,
+            name=name,
+            max_ongoing_requests=100,
+            health_check_period_s=1.0,
+            graceful_shutdown_timeout_s=1.0,
+        ).bind(str(folder / "model"), str(folder / "marks"), version)
+
+    frozen = {
+        name: engine(f"Engine-{name}", 0)
+        for name, role in config.roles.items()
+        if role.kind == "frozen"
+    }
+    application = gateway_deployment(
+        config,
+        folder / "model",
+        NAMESPACE,
+        engine("Engine", 3),
+        frozen,
+        endpoint_keys(config.roles),
+    )
     await asyncio.to_thread(serve.run, application, name="gw", route_prefix="/")
     await asyncio.to_thread(wait_until_open, host, port, 30.0)
     url = f"http://{host}:{port}"

@@ -50,6 +50,8 @@ class RolloutContext(Record, frozen=True):
     group_index: int | None = None
     attempt_number: int = 1
     timeout_seconds: float | None = None
+    llms: dict[str, LLM] = {}
+    """Role -> its endpoint; under the empty name the run's own."""
     weight_version: int | None = None
     store_url: str | None = None
     artifacts_folder: str | None = None
@@ -67,6 +69,16 @@ class RolloutContext(Record, frozen=True):
     def logger(self) -> logging.LoggerAdapter[logging.Logger]:
         """A logger whose lines begin with the rollout's and the attempt's id."""
         return _Named(log, {"name": f"{self.rollout_id}/{self.attempt_id}"})
+
+    def llm(self, role: str | None = None) -> LLM:
+        """The endpoint of a role of the config section `roles`, or the run's own: `endpoint` is the base URL for a client, `model` the name to
+        ask for. InputError lists the roles where there is no such one."""
+        if (role or "") not in self.llms:
+            known = ", ".join(sorted(name for name in self.llms if name)) or "none in this run"
+            raise InputError(
+                f"ctx.llm({role!r}): unknown role; expected one of the config's roles ({known}), or nothing for the run's own engine"
+            )
+        return self.llms[role or ""]
 
 
 class _Named(logging.LoggerAdapter[logging.Logger]):

@@ -16,6 +16,7 @@ from agl_ray.agents.agent import LitAgent, RolloutContext
 from agl_ray.agents.calling import LEAVE, call, in_thread, in_threads
 from agl_ray.agents.hooks import Hook, HookRunner, Hooks
 from agl_ray.agents.outcome import Outcome, raised, returned
+from agl_ray.agents.roles import NO_KEY, endpoints
 from agl_ray.tracing import SpanRecorder, recording
 from agl_ray.types import LLM, AttemptedRollout, EndReason, NamedResources, Record, replace
 from agl_ray.waits import wait
@@ -51,7 +52,7 @@ def resources_for(attempt: AttemptedRollout, resources: NamedResources) -> Named
         name: replace(
             resource,
             endpoint=resource.get_base_url(attempt.rollout_id, attempt.attempt_id),
-            api_key=resource.api_key or "agl-ray",  # OpenAI clients refuse to start without one
+            api_key=resource.api_key or NO_KEY,
             gateway=False,
         )
         if isinstance(resource, LLM)
@@ -61,7 +62,10 @@ def resources_for(attempt: AttemptedRollout, resources: NamedResources) -> Named
 
 
 def context_of(
-    attempt: AttemptedRollout, timeout_seconds: float, host: Host = NO_HOST
+    attempt: AttemptedRollout,
+    timeout_seconds: float,
+    resources: NamedResources,
+    host: Host = NO_HOST,
 ) -> RolloutContext:
     """The context object of an attempt; step, group index and weight version come from the rollout's metadata."""
     metadata = attempt.rollout.metadata
@@ -76,6 +80,7 @@ def context_of(
         timeout_seconds=timeout_seconds,
         store_url=host.store_url,
         artifacts_folder=host.artifacts_folder,
+        llms=endpoints(attempt, resources),
     )
 
 
@@ -96,7 +101,7 @@ async def run_agent(
     cancellation: they are left behind, and the gateway refuses their later calls because the attempt has ended. OK without a reward: it
     gave none itself (`outcome.settled`).
     """
-    ctx = context_of(attempt, timeout_seconds, host)
+    ctx = context_of(attempt, timeout_seconds, resources, host)
     apart = place is not Place.HERE
     try:
         own = agent.fresh()

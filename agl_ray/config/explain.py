@@ -106,8 +106,10 @@ def _got(path: KeyPath, data: Any) -> str:
             data = data[part]
         elif isinstance(data, list) and part.isdigit() and int(part) < len(data):
             data = data[int(part)]
-        else:
+        elif isinstance(data, dict | list):
             return "nothing"
+        else:
+            break  # a word that stands for a section (`planner: train`)
     if data is None:
         return "null"
     if isinstance(data, bool):

@@ -15,22 +15,20 @@ WEIGHTS = ("*.safetensors", "*.bin")
 TOKENIZERS = ("tokenizer.json", "tokenizer.model", "vocab.json")
 
 
-def check_model_folder(path: Path) -> None:
-    """InputError naming what is missing unless `path` holds config.json, weights and a tokenizer."""
+def check_model_folder(path: Path, key: str = "model.path") -> None:
+    """InputError naming `key` and what is missing unless `path` holds config.json, weights and a tokenizer."""
     if not path.is_dir():
-        raise InputError(f"model.path: there is no folder {path}; give a Hugging Face model folder")
+        raise InputError(f"{key}: there is no folder {path}; give a Hugging Face model folder")
     have = ", ".join(sorted(entry.name for entry in path.iterdir())[:12]) or "nothing"
     if not (path / "config.json").is_file():
         raise InputError(
-            f"model.path: {path} has no config.json, so it is no Hugging Face model folder; it has {have}"
+            f"{key}: {path} has no config.json, so it is no Hugging Face model folder; it has {have}"
         )
     if not any(list(path.glob(pattern)) for pattern in WEIGHTS):
-        raise InputError(
-            f"model.path: {path} has no weights (*.safetensors or *.bin); it has {have}"
-        )
+        raise InputError(f"{key}: {path} has no weights (*.safetensors or *.bin); it has {have}")
     if not any((path / name).is_file() for name in TOKENIZERS):
         raise InputError(
-            f"model.path: {path} has no tokenizer (one of {', '.join(TOKENIZERS)}); it has {have}. "
+            f"{key}: {path} has no tokenizer (one of {', '.join(TOKENIZERS)}); it has {have}. "
             "Save it there with `tokenizer.save_pretrained(folder)`: the gateway renders and tokenises with it"
         )
 

@@ -14,6 +14,7 @@ from pydantic import Field, model_validator
 from agl_ray.config.agent import AgentKey
 from agl_ray.config.algorithm import AlgorithmConfig
 from agl_ray.config.credit import CreditConfig
+from agl_ray.config.roles import RoleConfig, RoleName
 from agl_ray.config.runners import RunnersConfig
 from agl_ray.config.section import Fraction, NonNegative, Positive, PositiveFloat, Section
 from agl_ray.config.tracing import TracingConfig
@@ -111,6 +112,14 @@ class GatewayConfig(Section):
     """Port of the HTTP door; 0 = a free one."""
     call_timeout_seconds: PositiveFloat = 60.0
     """Deadline of one model call, holds during weight updates included; past it the call fails as `engine_error`."""
+    overlong: Literal["error", "drop-oldest-turns", "truncate-middle"] = "error"
+    """A prompt that leaves no room for an answer: error refuses it; the others take whole old turns, or tokens of the middle, out of it
+    (system message and first user message stay), record that on the call's span and go on in a branch of the session."""
+    max_calls: Positive | None = None
+    """Most model calls of one attempt, all roles; beyond it calls are refused with status 429 and counted. None = no limit."""
+    max_tokens_per_rollout: Positive | None = None
+    """Most response tokens of one attempt's calls together; a call gets at most what is left of them, and is refused with status 429 where
+    that is nothing. Calls open at the same time do not know of each other's. None = no limit."""
     proxy: Literal["haproxy", "serve"] = "haproxy"
     """Ray Serve's front proxy: HAProxy (6x the requests/s) or Serve's own."""
 
@@ -233,6 +242,9 @@ class RunConfig(Section):
     gateway: GatewayConfig = GatewayConfig()
     trajectory: TrajectoryConfig = TrajectoryConfig()
     credit: CreditConfig = CreditConfig()
+    roles: dict[RoleName, RoleConfig] = {}
+    """Role -> who answers the calls that the agent makes under it: train, frozen, or a section with `kind`. An agent gets at them with
+    `ctx.llm("planner")`; calls without a role go to the run's own engine."""
     algorithm: AlgorithmConfig = AlgorithmConfig()
     learner: LearnerConfig = LearnerConfig()
     weights: WeightsConfig = WeightsConfig()

@@ -6,7 +6,7 @@ Called by the loader for its messages. Test alone: tests/unit/test_config_load.p
 from __future__ import annotations
 
 from collections.abc import Iterator
-from typing import Any, get_args
+from typing import Any, get_args, get_origin
 
 from pydantic import BaseModel
 from pydantic.fields import FieldInfo
@@ -22,32 +22,45 @@ def section_of(annotation: Any) -> type[BaseModel] | None:
     return next((kind for kind in inner if kind is not None), None)
 
 
-def field_at(path: tuple[str, ...], root: type[BaseModel] = RunConfig) -> FieldInfo | None:
-    """The field at a path of keys such as ("train", "steps"), or None where there is no such key."""
+def _walk(
+    path: tuple[str, ...], root: type[BaseModel]
+) -> tuple[FieldInfo | None, type[BaseModel] | None]:
+    """The field at a path and the section that its value is. A mapping's keys are names that the person chose: any will do."""
     model: type[BaseModel] | None = root
     field: FieldInfo | None = None
+    named: type[BaseModel] | None = None
     for key in path:
+        if named is not None:
+            model, named = named, None
+            continue
         if model is None or key not in model.model_fields:
-            return None
+            return None, None
         field = model.model_fields[key]
         model = section_of(field.annotation)
-    return field
+        if get_origin(field.annotation) is dict:
+            model, named = None, model
+    return field, model
+
+
+def field_at(path: tuple[str, ...], root: type[BaseModel] = RunConfig) -> FieldInfo | None:
+    """The field at a path of keys such as ("train", "steps"), or None where there is no such key."""
+    return _walk(path, root)[0]
 
 
 def names_in(path: tuple[str, ...], root: type[BaseModel] = RunConfig) -> list[str]:
     """The keys that the section at `path` knows; empty where `path` is no section."""
-    field = field_at(path, root) if path else None
-    model = root if not path else section_of(field.annotation) if field else None
+    model = _walk(path, root)[1] if path else root
     return list(model.model_fields) if model else []
 
 
 def all_paths(root: type[BaseModel] = RunConfig, prefix: str = "") -> Iterator[str]:
-    """Every dotted key, sections included."""
+    """Every dotted key, sections included; NAME stands for the names of a mapping."""
     for name, field in root.model_fields.items():
         yield prefix + name
         model = section_of(field.annotation)
         if model is not None:
-            yield from all_paths(model, f"{prefix}{name}.")
+            inner = f"{name}.NAME" if get_origin(field.annotation) is dict else name
+            yield from all_paths(model, f"{prefix}{inner}.")
 
 
 def allows_null(field: FieldInfo) -> bool:

@@ -18,7 +18,14 @@ from typing import Any, Protocol
 import msgspec
 
 from agl_ray.gateway.canonical import CallRequest, CallResult, Refusal, as_history
-from agl_ray.gateway.record import counters, kept_conversations, rebuild
+from agl_ray.gateway.record import (
+    FAILED_CALL_NAME,
+    REFUSED_CALL_NAME,
+    counters,
+    kept_conversations,
+    rebuild,
+    unanswered_span,
+)
 from agl_ray.gateway.session import Session
 from agl_ray.types import (
     LLM,
@@ -86,6 +93,8 @@ class Live:
     disconnects: int = 0
     open_calls: int = 0
     drawn: int = 0  # calls that have got a seed; calls made side by side get different ones
+    underway: int = 0  # of the open ones, those admitted (limits.py)
+    refused: set[str | None] = field(default_factory=set)  # codes that have a span
     used: float = 0.0
     checked: float = 0.0  # when the store last said that the attempt is live
     kept: dict[tuple[str | None, str], list[dict[str, Any]]] = field(default_factory=dict)
@@ -246,6 +255,40 @@ class Attempts:
             live.ended = f"{path} is over: {error}"
             raise Refusal(410, live.ended, code="attempt_ended") from error
 
+    async def failed(
+        self, path: CallPath, live: Live, call_id: str, started_ns: int, error: Exception
+    ) -> Refusal:
+        """Count and record a call without an answer; the refusal to give."""
+        message = f"call {call_id}: {error}"
+        live.counts["engine_errors"] += 1
+        live.last_error = message
+        batch = self._unanswered(FAILED_CALL_NAME, path, message, started_ns)
+        await self.journal(path, live, batch, f"{call_id}-failed")
+        await self.note_unanswered(path, live, message)
+        return Refusal(503, message, code="engine_error", kind="server_error")
+
+    async def refused(self, path: CallPath, live: Live, refusal: Refusal) -> None:
+        """Count a call that a policy refused. The first of each code is recorded: an agent may ask for ever."""
+        live.counts["refused_calls"] += 1
+        if refusal.code in live.refused:
+            return
+        live.refused.add(refusal.code)
+        message = f"{refusal.code}: {refusal.message}"
+        batch = self._unanswered(REFUSED_CALL_NAME, path, message, time.time_ns())
+        await self.journal(path, live, batch, f"{path.attempt_id}-refused-{refusal.code}")
+
+    @staticmethod
+    def _unanswered(name: str, path: CallPath, message: str, started_ns: int) -> Any:
+        return unanswered_span(
+            name,
+            rollout_id=path.rollout_id,
+            attempt_id=path.attempt_id,
+            role=path.role,
+            message=message,
+            start_ns=started_ns,
+            end_ns=time.time_ns(),
+        )
+
     async def note_unanswered(self, path: CallPath, live: Live, why: str | None) -> None:
         """Tell the store whether the attempt's last call got an answer (`why` None) or not, where that changes: an attempt
         that ends on an unanswered call ends `engine_error`, also when its agent swallowed the error."""
@@ -259,8 +302,7 @@ class Attempts:
         live.unanswered = why is not None
 
     async def state(self, path: CallPath) -> dict[str, Any]:
-        """What a runner asks at the end of an attempt: calls answered, engine errors (and the last one), retokenized tokens,
-        branches, disconnects, open calls. It answers for an attempt that has ended or was never heard of here, too."""
+        """What a runner asks at the end of an attempt: the counts of `record.counters`, the last engine error, disconnects, open calls. It answers for an attempt that has ended or was never heard of here, too."""
         live = self._live.get((path.rollout_id, path.attempt_id))
         if live is None:
             try:

@@ -46,6 +46,7 @@ class Call:
     tools: str  # hash over the tools of its request
     num_prompt_ids: int
     reasoning: str = ""  # the thoughts that were returned apart from the content
+    before: tuple[Call, ...] = ()  # of a cut prompt (overlong.py): whose words were in it
 
     def num_ids(self, point: Point) -> int:
         """Tokens of the whole sequence up to a point."""
@@ -75,7 +76,7 @@ class Call:
             if call.point is not Point.PROMPT:
                 found.append(parent)
             call, parent = parent, parent.parent
-        return found
+        return [*found, *call.before]
 
 
 def message_key(message: dict[str, Any]) -> MessageKey:

@@ -136,6 +136,16 @@ class CallResult(msgspec.Struct, frozen=True, kw_only=True):
     """The stop string that ended it."""
     index: int = 0
     """Which of a request's answers it is."""
+    used: tuple[int, int] | None = None
+    """Tokens of prompt and response as an outside endpoint counted them: its answers have no ids. None: the ids are all there is."""
+
+    @property
+    def num_prompt(self) -> int:
+        return self.used[0] if self.used else len(self.prompt_ids)
+
+    @property
+    def num_response(self) -> int:
+        return self.used[1] if self.used else len(self.response_ids)
 
     def message(self) -> dict[str, Any]:
         """The assistant message as returned, in the chat dialect's form."""

@@ -1,6 +1,7 @@
 """An attempt's conversation, read back from its call spans, for people to look at.
 
-Calls carry only the messages that are new (`messages_from`, see record.py); here they are put together again. A raw prompt, which
+Calls carry only the messages that are new (`messages_from`, see record.py); here they are put together again, each with the call that it
+goes on from: several roles may talk in turns. A raw prompt, which
 has no messages, is shown as one message of role `prompt`: its text from the call that it goes on from. Called by the session for the examples of the summary. Test alone: tests/unit/test_gateway_conversation.py.
 """
 
@@ -20,17 +21,21 @@ def conversation(spans: Iterable[Mapping[str, Any]]) -> list[dict[str, Any]]:
     are passed over. An agent that opened several conversations shows the one it ended with.
     """
     messages: list[dict[str, Any]] = []
+    conversations: dict[
+        str | None, list[dict[str, Any]]
+    ] = {}  # call id -> up to and with its answer
     for span in spans:
         if span["kind"] != KIND_CALL:
             continue
         attributes = {key: _value(value) for key, value in dict(span["attributes"]).items()}
         request, response = attributes["request"], attributes["response"]
-        given = request["messages"] or [
-            {"role": "prompt", "content": attributes["agl.session"]["rest"]}
-        ]
-        first = request["messages_from"] if request["messages"] else len(messages)
-        goes_on = bool(request["messages"]) or span["parent_call"] is not None
-        messages = [*(messages[:first] if goes_on else []), *given, response]
+        before = conversations.get(span["parent_call"], [])
+        if request["messages"]:
+            messages = [*before[: request["messages_from"]], *request["messages"], response]
+        else:
+            given = {"role": "prompt", "content": attributes["agl.session"]["rest"]}
+            messages = [*before, given, response]
+        conversations[span["span_id"]] = messages
     return messages
 
 

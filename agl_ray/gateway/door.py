@@ -1,7 +1,8 @@
 """The front door without HTTP: the life of one model call.
 
-    caller's request -> session of (rollout, attempt, role) -> sampling parameters -> exact prompt ids (session.py)
-        -> engine (deadline, retries) -> what the caller sees (text, tool calls) -> call span in the store, acknowledged -> answer
+    caller's request -> its role (roles.py) and what its attempt may still ask for (limits.py)
+        -> a model outside (outside.py), or:
+        -> session of (rollout, attempt, role) -> sampling parameters -> exact prompt ids (session.py, overlong.py) -> engine (deadline, retries) -> what the caller sees (text, tool calls) -> call span in the store, acknowledged -> answer
 
 Called by: `agl_ray/gateway/http.py`, one Door per gateway process, one event loop. The engine is any object with the
 methods of `EngineClient`; sessions are kept by attempts.py. Test alone: `pytest tests/unit/test_gateway_door.py`.
@@ -12,19 +13,24 @@ from __future__ import annotations
 import asyncio
 import logging
 import time
-from collections.abc import AsyncGenerator, Callable
-from contextlib import aclosing
-from dataclasses import dataclass
-from typing import Any, Protocol
+from collections.abc import AsyncGenerator, AsyncIterator, Callable, Mapping
+from contextlib import aclosing, asynccontextmanager
+from dataclasses import dataclass, field
+from typing import Any
 
 from agl_ray.gateway.attempts import Attempts, CallPath, Live, StoreClient
 from agl_ray.gateway.canonical import CallRequest, CallResult, Refusal, Streamed
 from agl_ray.gateway.constrained import allowed, structure
-from agl_ray.gateway.engine_api import GenerateChunk, GenerateRequest, GenerateResult, join_chunks
+from agl_ray.gateway.engine_api import GenerateRequest, GenerateResult, join_chunks
+from agl_ray.gateway.limits import TOO_MANY_CALLS, TOO_MANY_TOKENS, Limits
+from agl_ray.gateway.open_call import Open
+from agl_ray.gateway.outside import OutsideCall
+from agl_ray.gateway.overlong import Overlong, fit
 from agl_ray.gateway.raw_prompts import plan_raw
-from agl_ray.gateway.record import call_span, failed_call_span
+from agl_ray.gateway.record import call_span
 from agl_ray.gateway.render import Optioned, Renderer
-from agl_ray.gateway.rules import check_request, room, template_options
+from agl_ray.gateway.roles import EngineClient, EngineLost, EngineRole, OutsideRole, Roles
+from agl_ray.gateway.rules import OVERLONG, check_request, room, template_options
 from agl_ray.gateway.sampling import check, merge
 from agl_ray.gateway.session import Plan, Session
 from agl_ray.gateway.visible import Reading, Visible, visible_message
@@ -37,53 +43,26 @@ logger = logging.getLogger(__name__)
 RETRY_SECONDS = 0.5  # pause before a call that lost its engine is sent to another
 
 
-class EngineLost(EngineError):
-    """The engine replica died or could not be reached: the same call may be sent to another one."""
-
-
-class EngineClient(Protocol):
-    """The engine as the door sees it. Cancelling either call aborts it in the engine."""
-
-    async def generate(self, request: GenerateRequest) -> GenerateResult: ...
-
-    def generate_stream(self, request: GenerateRequest) -> AsyncGenerator[GenerateChunk, None]: ...
+_RECORDED = (TOO_MANY_CALLS, TOO_MANY_TOKENS, OVERLONG)  # codes of refusals that have a span
 
 
 @dataclass(frozen=True, kw_only=True)
 class DoorSettings:
     """max_model_len: tokens of prompt and response; call_timeout_seconds: one call, holds and retries included;
-    store_timeout_seconds: one store operation; idle_seconds: after which a session is forgotten."""
+    store_timeout_seconds: one store operation; idle_seconds: after which a session is forgotten; overlong: see overlong.py; limits: of
+    one attempt."""
 
     max_model_len: int
     call_timeout_seconds: float = 60.0
     store_timeout_seconds: float = 60.0
     idle_seconds: float = 900.0
-
-
-@dataclass
-class Open:
-    """One call between its plan and its span."""
-
-    path: CallPath
-    live: Live
-    request: CallRequest
-    sampling: dict[str, Any]
-    plan: Plan
-    structure: dict[str, Any] | None
-    reading: Reading
-    call_id: str
-    started_ns: int
-    deadline: float  # on the loop's clock
-    timings: dict[str, float]
-
-    @property
-    def created(self) -> int:
-        """Seconds since the epoch."""
-        return self.started_ns // 1_000_000_000
+    overlong: Overlong = "error"
+    limits: Limits = field(default_factory=Limits)
 
 
 class Door:
-    """See the module's text. `now` is the clock of idle sessions (seconds), for tests."""
+    """See the module's text. engine, renderer: of the calls without a role; roles: the others. `now` is the clock of idle sessions
+    (seconds), for tests."""
 
     def __init__(
         self,
@@ -92,68 +71,62 @@ class Door:
         renderer: Renderer,
         settings: DoorSettings,
         now: Callable[[], float] = time.monotonic,
+        roles: Mapping[str, EngineRole | OutsideRole] | None = None,
     ) -> None:
-        self._engine, self._renderer, self._settings = engine, renderer, settings
+        self._settings = settings
+        self._roles = Roles(EngineRole(engine, renderer), roles)
         self.attempts = Attempts(store, settings.store_timeout_seconds, settings.idle_seconds, now)
 
     # ---- the calls ----
 
     async def call(self, path: CallPath, request: CallRequest) -> CallResult:
         """Answer a call whole. Refusal for anything the caller is to be told; its span is in the store when this returns."""
-        live = await self.attempts.open(path)
-        try:
-            call = await self._begin(path, live, request)
-            try:
-                answer = await self._generate(call)
-            except (EngineError, WaitTimeout, InputError) as error:
-                raise await self._failed(call, error) from error
-            return await self._finish(call, answer, None)
-        except asyncio.CancelledError:
-            live.disconnects += 1
-            raise
-        finally:
-            live.open_calls -= 1
+        async with self._opened(path) as live:
+            role = self._roles.of(path.role)
+            with self._settings.limits.admitted(live):
+                if isinstance(role, OutsideRole):
+                    return await (await self._outside(path, live, role, request)).whole()
+                call = await self._begin(path, live, role, request)
+                try:
+                    answer = await self._generate(call)
+                except (EngineError, WaitTimeout, InputError) as error:
+                    raise await self._failed(call, error) from error
+                return await self._finish(call, answer, None)
 
     async def call_stream(
         self, path: CallPath, request: CallRequest
     ) -> AsyncGenerator[Streamed | CallResult, None]:
         """As `call`: pieces as they become certain, then the CallResult, which comes when the span is in the store."""
-        live = await self.attempts.open(path)
-        try:
-            call = await self._begin(path, live, request)
-            yield Streamed(
-                call_id=call.call_id, created=call.created, prompt_ids=call.plan.prompt_ids
-            )
-            visible = Visible(call.reading)
-            try:
-                async with aclosing(self._stream(call, visible)) as pieces:
+        async with self._opened(path) as live:
+            role = self._roles.of(path.role)
+            with self._settings.limits.admitted(live):
+                if isinstance(role, OutsideRole):
+                    stream = (await self._outside(path, live, role, request)).stream()
+                else:
+                    stream = self._answers(await self._begin(path, live, role, request))
+                async with aclosing(stream) as pieces:
                     async for piece in pieces:
                         yield piece
-            except (EngineError, WaitTimeout, InputError) as error:
-                raise await self._failed(call, error) from error
-            result = await self._finish(call, join_chunks(visible.chunks), visible)
-            yield visible.rest(result.reasoning, result.content)
-            yield result
-        except (asyncio.CancelledError, GeneratorExit):
-            live.disconnects += 1
-            raise
-        finally:
-            live.open_calls -= 1
 
     async def count(self, path: CallPath, request: CallRequest) -> int:
         """Prompt tokens that this call would have; nothing is recorded."""
-        live = await self.attempts.open(path)
-        try:
-            request = await self._checked(path, live, request)
-            return len(self._plan(path, live, request).prompt_ids)
-        finally:
-            live.open_calls -= 1
+        async with self._opened(path) as live:
+            role = self._roles.of(path.role)
+            if isinstance(role, OutsideRole):
+                raise Refusal(
+                    400,
+                    f"role {path.role} is answered by a model outside, whose tokens cannot be counted here",
+                    param="role",
+                    code="unsupported_parameter",
+                )
+            request = await self._checked(path, live, role, request)
+            return len(self._plan(path, live, role, request).prompt_ids)
 
     async def model(self, path: CallPath) -> str:
         """The model name that calls of this path must ask for."""
-        live = await self.attempts.open(path)
-        live.open_calls -= 1
-        return live.llm.model
+        async with self._opened(path) as live:
+            role = self._roles.of(path.role)
+            return role.upstream.model if isinstance(role, OutsideRole) else live.llm.model
 
     async def state(self, path: CallPath) -> dict[str, Any]:
         """See `Attempts.state`."""
@@ -161,46 +134,88 @@ class Door:
 
     # ---- one call ----
 
-    async def _checked(self, path: CallPath, live: Live, request: CallRequest) -> CallRequest:
+    @asynccontextmanager
+    async def _opened(self, path: CallPath) -> AsyncIterator[Live]:
+        """The attempt of a call, while it is open; what a policy refuses is recorded."""
+        live = await self.attempts.open(path)
+        try:
+            yield live
+        except (asyncio.CancelledError, GeneratorExit):
+            live.disconnects += 1
+            raise
+        except Refusal as refusal:
+            if refusal.code in _RECORDED:
+                await self.attempts.refused(path, live, refusal)
+            raise
+        finally:
+            live.open_calls -= 1
+
+    async def _outside(
+        self, path: CallPath, live: Live, role: OutsideRole, request: CallRequest
+    ) -> OutsideCall:
+        return await OutsideCall.begin(
+            self.attempts,
+            role.upstream,
+            path,
+            live,
+            request,
+            seconds=self._settings.call_timeout_seconds,
+            tokens_left=self._settings.limits.tokens_left(live),
+        )
+
+    async def _checked(
+        self, path: CallPath, live: Live, role: EngineRole, request: CallRequest
+    ) -> CallRequest:
         """The request, if the attempt may make it, with the conversation that it goes on."""
-        check_request(request, live.llm.model, self._renderer)
+        check_request(request, live.llm.model, role.renderer)
         if request.previous is None:
             return request
         return await self.attempts.continued(path, live, request)
 
-    def _plan(self, path: CallPath, live: Live, request: CallRequest) -> Plan:
+    def _plan(self, path: CallPath, live: Live, role: EngineRole, request: CallRequest) -> Plan:
         session = live.sessions.setdefault(path.role, Session())
         if request.prompt is not None:
-            return plan_raw(session, request.prompt, self._renderer)
-        options = template_options(request, self._renderer)
-        text_model = Optioned(self._renderer, options) if options else self._renderer
+            return plan_raw(session, request.prompt, role.renderer)
+        options = template_options(request, role.renderer)
+        text_model = Optioned(role.renderer, options) if options else role.renderer
         return session.plan(request.messages, request.tools, text_model)
 
-    async def _begin(self, path: CallPath, live: Live, request: CallRequest) -> Open:
+    async def _begin(
+        self, path: CallPath, live: Live, role: EngineRole, request: CallRequest
+    ) -> Open:
         """Check the request against the attempt and work out the exact prompt."""
         started = time.perf_counter()
-        request = await self._checked(path, live, request)
+        settings = self._settings
+        request = await self._checked(path, live, role, request)
         sampling = merge(request.sampling, live.rollout, live.llm, live.drawn)
-        check(sampling, live.rollout.mode)
-        allowed(request, live.rollout)
-        structured = structure(request, self._renderer)
-        plan = self._plan(path, live, request)
-        sampling["max_tokens"] = room(
-            self._settings.max_model_len, request, plan, sampling.get("max_tokens")
+        check(sampling, live.rollout.mode if role.trained else None)
+        if role.trained:
+            allowed(request, live.rollout)
+        structured = structure(request, role.renderer)
+        wanted = _least(sampling.get("max_tokens"), settings.limits.tokens_left(live))
+        plan, cut = fit(
+            self._plan(path, live, role, request),
+            settings.overlong,
+            settings.max_model_len,
+            wanted,
+            role.mark if request.prompt is None else (),
         )
-        over = request.prompt is not None or self._renderer.thoughts_over(plan.prompt_ids)
+        sampling["max_tokens"] = room(settings.max_model_len, request, plan, wanted)
+        over = request.prompt is not None or role.renderer.thoughts_over(plan.prompt_ids)
         live.drawn += 1
         return Open(
             path=path,
             live=live,
+            role=role,
             request=request,
             sampling=sampling,
             plan=plan,
+            cut=cut,
             structure=structured,
-            reading=Reading(self._renderer, request, over, sampling.get("stop", [])),
+            reading=Reading(role.renderer, request, over, sampling.get("stop", [])),
             call_id=new_span_id(),
             started_ns=time.time_ns(),
-            deadline=asyncio.get_running_loop().time() + self._settings.call_timeout_seconds,
+            deadline=asyncio.get_running_loop().time() + settings.call_timeout_seconds,
             timings={"prepare": time.perf_counter() - started},
         )
 
@@ -223,7 +238,7 @@ class Door:
             left = call.deadline - loop.time()
             try:
                 return await wait(
-                    self._engine.generate(self._engine_request(call, number)),
+                    call.role.engine.generate(self._engine_request(call, number)),
                     on=f"the engine's answer to call {call.call_id} of {call.path}",
                     seconds=max(left, 0.0),
                     hint="gateway.call_timeout_seconds",
@@ -241,12 +256,26 @@ class Door:
         )
         await asyncio.sleep(RETRY_SECONDS)
 
+    async def _answers(self, call: Open) -> AsyncGenerator[Streamed | CallResult, None]:
+        """What `call_stream` gives of an engine's answer."""
+        yield Streamed(call_id=call.call_id, created=call.created, prompt_ids=call.plan.prompt_ids)
+        visible = Visible(call.reading)
+        try:
+            async with aclosing(self._stream(call, visible)) as pieces:
+                async for piece in pieces:
+                    yield piece
+        except (EngineError, WaitTimeout, InputError) as error:
+            raise await self._failed(call, error) from error
+        result = await self._finish(call, join_chunks(visible.chunks), visible)
+        yield visible.rest(result.reasoning, result.content)
+        yield result
+
     async def _stream(self, call: Open, visible: Visible) -> AsyncGenerator[Streamed, None]:
         """Pieces of a streamed answer. Until the caller has seen any of it, a lost engine is replaced as in `_generate`."""
         loop = asyncio.get_running_loop()
         number = 0
         while True:
-            stream = self._engine.generate_stream(self._engine_request(call, number))
+            stream = call.role.engine.generate_stream(self._engine_request(call, number))
             try:
                 async with aclosing(stream) as chunks:
                     while True:
@@ -280,7 +309,7 @@ class Door:
         started = time.perf_counter()
         stop_id = answer.finish_reason == "stop" and not isinstance(answer.stop_reason, str)
         result = self._read(call, answer, visible)
-        body_text, end_text = self._renderer.split(answer.response_ids, stop_id)
+        body_text, end_text = call.role.renderer.split(answer.response_ids, stop_id)
         call.timings["engine"] = (time.time_ns() - call.started_ns) / 1e9
         call.timings["read"] = time.perf_counter() - started
         batch = call_span(
@@ -296,6 +325,7 @@ class Door:
             start_ns=call.started_ns,
             end_ns=time.time_ns(),
             timings=call.timings,
+            notes=call.notes(),
         )
         await self.attempts.journal(call.path, call.live, batch, call.call_id)
         await self.attempts.note_unanswered(call.path, call.live, None)
@@ -306,14 +336,16 @@ class Door:
         if call.request.keep:
             call.live.keep(call.path.role, call.call_id, call.request, result)
         call.live.counts["calls"] += 1
+        call.live.counts["response_tokens"] += len(answer.response_ids)
         call.live.counts["retokenized_tokens"] += call.plan.retokenized
         call.live.counts["branches"] += call.plan.branch_reason is not None
+        call.live.counts["overlong_cuts"] += call.cut is not None
         return result
 
     def _read(self, call: Open, answer: GenerateResult, visible: Visible | None) -> CallResult:
         """The engine's answer as the caller is to see it."""
         message = visible_message(call.reading, answer, visible)
-        thoughts = self._renderer.thoughts
+        thoughts = call.role.renderer.thoughts
         counted = thoughts.count(answer.response_ids) if thoughts and message.reasoning else 0
         stopped_by = answer.stop_reason if isinstance(answer.stop_reason, str) else None
         return CallResult(
@@ -333,23 +365,16 @@ class Door:
         )
 
     async def _failed(self, call: Open, error: Exception) -> Refusal:
-        """Count and record a call without an answer; the refusal to give."""
+        """The refusal to give for a call without an answer, which is counted and recorded."""
         if isinstance(error, InputError):
             return Refusal(400, str(error), code="invalid_value")
-        path, message = call.path, f"call {call.call_id}: {error}"
-        call.live.counts["engine_errors"] += 1
-        call.live.last_error = message
-        batch = failed_call_span(
-            rollout_id=path.rollout_id,
-            attempt_id=path.attempt_id,
-            role=path.role,
-            message=message,
-            start_ns=call.started_ns,
-            end_ns=time.time_ns(),
+        return await self.attempts.failed(
+            call.path, call.live, call.call_id, call.started_ns, error
         )
-        await self.attempts.journal(path, call.live, batch, f"{call.call_id}-failed")
-        await self.attempts.note_unanswered(path, call.live, message)
-        return Refusal(503, message, code="engine_error", kind="server_error")
+
+
+def _least(*limits: int | None) -> int | None:
+    return min((limit for limit in limits if limit is not None), default=None)
 
 
 def _if_cancelled() -> None:

@@ -32,6 +32,8 @@ logger = logging.getLogger(__name__)
 COUNT_TOKENS = "v1/messages/count_tokens"
 _GET = ("v1/models", "state")
 _JSON = [(b"content-type", b"application/json")]
+# A limit of the attempt: OpenAI's and Anthropic's clients would try again, twice.
+_NEVER_AGAIN = [*_JSON, (b"x-should-retry", b"false")]
 _SSE = [(b"content-type", b"text/event-stream; charset=utf-8"), (b"cache-control", b"no-cache")]
 
 
@@ -57,7 +59,8 @@ class GatewayApp:
         try:
             await self._answer(scope, path, action, receive, send)
         except Refusal as refusal:
-            await _respond(send, refusal.status, dialect.error(refusal))
+            headers = _NEVER_AGAIN if refusal.status == 429 else _JSON
+            await _respond(send, refusal.status, dialect.error(refusal), headers)
         except Gone:
             logger.info("caller of %s went away", scope["path"])
         except Exception:
@@ -194,6 +197,8 @@ async def _body(receive: Receive) -> bytes:
         raise Refusal(413, str(error), code="too_large") from error
 
 
-async def _respond(send: Send, status: int, body: bytes) -> None:
-    await send({"type": "http.response.start", "status": status, "headers": _JSON})
+async def _respond(
+    send: Send, status: int, body: bytes, headers: list[tuple[bytes, bytes]] = _JSON
+) -> None:
+    await send({"type": "http.response.start", "status": status, "headers": headers})
     await send({"type": "http.response.body", "body": body})

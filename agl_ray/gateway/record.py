@@ -3,8 +3,10 @@
 Called by: the door. A call span holds the exact ids in suffix form (`parent_call`, `parent_tokens`, spans/schema.py) and in its
 attributes, as JSON: `request` {messages from `messages_from` on, tools, sampling, metadata, template options}, `response` (the message
 returned), `agl.session` (text of the new part of the prompt, raw text of the response, where it continues its parent), `agl.timings`
-(seconds), `agl.retokenized_tokens`, for a branch `agl.branch_reason`, `agl.constrained` (constrained.py), and `agl.kept` where a later call may name this one as the one
-it goes on from (the responses dialect). A raw prompt has no messages: its text is in `agl.session`. A gateway that was restarted reads these spans and
+(seconds), `agl.retokenized_tokens`, for a branch `agl.branch_reason`, `agl.constrained` (constrained.py), `agl.overlong` where the prompt was cut (overlong.py),
+`agl.role_kind` (frozen | endpoint) where the role is not trained, and `agl.kept` where a later call may name this one as the one
+it goes on from (the responses dialect). A raw prompt has no messages: its text is in `agl.session`. A call that a model outside answered has no ids
+and no `agl.session`: `agl.token_ids` says so, and `agl.endpoint` who answered. A gateway that was restarted reads these spans and
 goes on exactly. Test alone: `pytest tests/unit/test_gateway_door.py`.
 """
 
@@ -21,10 +23,16 @@ import pyarrow as pa
 from agl_ray.gateway.calls import Call, Point, message_key, thoughts, tool_ids
 from agl_ray.gateway.canonical import CallRequest, CallResult, as_history
 from agl_ray.gateway.session import Plan, Session
-from agl_ray.spans import KIND_CALL, KIND_SPAN, new_span_id, span_batch
+from agl_ray.spans import KIND_CALL, KIND_SPAN, ROLE_KIND, new_span_id, span_batch
 
 CALL_NAME = "model.call"
 FAILED_CALL_NAME = "model.call.failed"
+REFUSED_CALL_NAME = "model.call.refused"
+COUNTED = (
+    *("calls", "outside_calls", "engine_errors", "refused_calls"),
+    *("response_tokens", "retokenized_tokens", "branches", "overlong_cuts"),
+)
+NO_IDS = "none: a model outside answered, and gives no token ids"
 
 
 def call_span(
@@ -41,8 +49,9 @@ def call_span(
     start_ns: int,
     end_ns: int,
     timings: Mapping[str, float],
+    notes: Mapping[str, Any],
 ) -> pa.RecordBatch:
-    """The batch of one row that records a finished call. `sampling` is what the engine was given."""
+    """The batch of one row that records a finished call. `sampling` is what the engine was given, `notes` further attributes."""
     first = plan.shared_messages
     attributes: dict[str, Any] = {
         "request": {
@@ -64,9 +73,11 @@ def call_span(
             "messages": plan.num_messages,
             "chain": plan.chain,
             "tools": plan.tools,
+            "before": [call.call_id for call in plan.before],
         },
         "agl.timings": dict(timings),
         "agl.retokenized_tokens": plan.retokenized,
+        **notes,
     }
     if request.constraint:
         attributes["agl.constrained"] = next(iter(request.constraint))
@@ -100,7 +111,59 @@ def call_span(
     return span_batch([row])
 
 
-def failed_call_span(
+def outside_span(
+    *,
+    rollout_id: str,
+    attempt_id: str,
+    role: str | None,
+    request: CallRequest,
+    result: CallResult,
+    endpoint: Mapping[str, Any],
+    start_ns: int,
+    end_ns: int,
+) -> pa.RecordBatch:
+    """A finished call that a model outside answered: its messages, and no ids."""
+    attributes: dict[str, Any] = {
+        "request": {
+            "messages_from": 0,
+            "messages": request.messages,
+            "tools": request.tools,
+            "sampling": request.sampling,
+            "metadata": request.metadata,
+            "template": template_asked(request),
+        },
+        "response": result.message(),
+        ROLE_KIND: "endpoint",
+        "agl.endpoint": dict(endpoint),
+        "agl.token_ids": NO_IDS,
+        "agl.timings": {"endpoint": (end_ns - start_ns) / 1e9},
+    }
+    if request.constraint:
+        attributes["agl.constrained"] = next(iter(request.constraint))
+    if request.keep:
+        attributes["agl.kept"] = {"instructions": request.instructions}
+    row = {
+        "rollout_id": rollout_id,
+        "attempt_id": attempt_id,
+        "span_id": result.call_id,
+        "name": CALL_NAME,
+        "kind": KIND_CALL,
+        "start_ns": start_ns,
+        "end_ns": end_ns,
+        "status": "OK",
+        "role": role,
+        "attributes": attributes,
+        "model": request.model,
+        "dialect": request.dialect,
+        "finish_reason": result.finish_reason,
+        "prompt_tokens": result.num_prompt,
+        "response_tokens": result.num_response,
+    }
+    return span_batch([row])
+
+
+def unanswered_span(
+    name: str,
     *,
     rollout_id: str,
     attempt_id: str,
@@ -109,12 +172,12 @@ def failed_call_span(
     start_ns: int,
     end_ns: int,
 ) -> pa.RecordBatch:
-    """A call that the engine did not answer: a plain span, so that nobody takes it for tokens."""
+    """A call that failed or was refused (`name`): a plain span, so that nobody takes it for tokens."""
     row = {
         "rollout_id": rollout_id,
         "attempt_id": attempt_id,
         "span_id": new_span_id(),
-        "name": FAILED_CALL_NAME,
+        "name": name,
         "kind": KIND_SPAN,
         "start_ns": start_ns,
         "end_ns": end_ns,
@@ -135,12 +198,10 @@ def rebuild(rows: Iterable[Mapping[str, Any]], role: str | None) -> Session:
         if row["kind"] != KIND_CALL or row["role"] != role:
             continue
         attributes = dict(row["attributes"])
+        if "agl.session" not in attributes:
+            continue  # a model outside answered
         kept, message = _value(attributes["agl.session"]), _value(attributes["response"])
-        parent = session.find(row["parent_call"]) if row["parent_call"] else None
-        if row["parent_call"] and parent is None:
-            raise ValueError(
-                f"call {row['span_id']} continues {row['parent_call']}, which is not recorded"
-            )
+        parent = session.known(row["parent_call"]) if row["parent_call"] else None
         session.remember(
             Call(
                 call_id=row["span_id"],
@@ -158,6 +219,7 @@ def rebuild(rows: Iterable[Mapping[str, Any]], role: str | None) -> Session:
                 chain=kept["chain"],
                 tools=kept["tools"],
                 num_prompt_ids=row["prompt_tokens"],
+                before=tuple(session.known(name) for name in kept.get("before", ())),
             )
         )
     return session
@@ -190,16 +252,22 @@ def template_asked(request: CallRequest) -> dict[str, Any]:
 
 
 def counters(rows: Iterable[Mapping[str, Any]]) -> dict[str, int]:
-    """Calls, failed calls and retokenized tokens of the attempt's spans, all roles."""
-    found = {"calls": 0, "engine_errors": 0, "retokenized_tokens": 0, "branches": 0}
+    """What the attempt's spans, all roles, add up to: calls answered (of these by models outside), failed and refused, response tokens,
+    retokenized tokens, branches, prompts that were cut. Of refused calls the first of each reason has a span."""
+    found = dict.fromkeys(COUNTED, 0)
     for row in rows:
-        if row["name"] == FAILED_CALL_NAME:
-            found["engine_errors"] += 1
+        found["engine_errors"] += row["name"] == FAILED_CALL_NAME
+        found["refused_calls"] += row["name"] == REFUSED_CALL_NAME
         if row["kind"] == KIND_CALL:
             attributes = dict(row["attributes"])
             found["calls"] += 1
-            found["retokenized_tokens"] += int(_value(attributes["agl.retokenized_tokens"]))
+            found["outside_calls"] += "agl.session" not in attributes
+            found["response_tokens"] += row["response_tokens"] or 0
+            found["retokenized_tokens"] += int(
+                _value(attributes.get("agl.retokenized_tokens", "0"))
+            )
             found["branches"] += "agl.branch_reason" in attributes
+            found["overlong_cuts"] += "agl.overlong" in attributes
     return found
 
 

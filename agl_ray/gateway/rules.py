@@ -12,6 +12,7 @@ from agl_ray.gateway.canonical import CallRequest, Refusal
 from agl_ray.gateway.render import Renderer
 from agl_ray.gateway.session import Plan
 
+OVERLONG = "context_length_exceeded"
 THINKING = "enable_thinking"  # the switch of Qwen's, GLM's and others' templates
 
 
@@ -80,6 +81,6 @@ def room(longest: int, request: CallRequest, plan: Plan, wanted: int | None) -> 
             f"This model's maximum context length is {longest} tokens. However, your {what} resulted in "
             f"{num_prompt} tokens. Please reduce the length of the {what}.",
             param=what,
-            code="context_length_exceeded",
+            code=OVERLONG,
         )
     return left if wanted is None else min(wanted, left)

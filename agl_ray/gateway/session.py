@@ -55,6 +55,7 @@ class BranchReason(StrEnum):
     TOOLS_CHANGED = "tools_changed"
     TEMPLATE = "template"  # the template rewrites the earlier turns
     HISTORY_CHANGED = "history_changed"  # the caller dropped or changed earlier messages
+    OVERLONG = "overlong"  # the gateway took a part out of its middle (overlong.py)
 
 
 @dataclass(frozen=True)
@@ -72,6 +73,7 @@ class Plan:
     shared_messages: int  # leading messages equal to those of the parent's request
     chain: str
     tools: str
+    before: tuple[Call, ...] = ()  # as in `Call`
 
     @property
     def parent_tokens(self) -> int:
@@ -172,12 +174,16 @@ class Session:
             chain=plan.chain,
             tools=plan.tools,
             num_prompt_ids=len(plan.prompt_ids),
+            before=plan.before,
         )
         self.remember(call)
         return call
 
-    def find(self, call_id: str) -> Call | None:
-        return self._by_id.get(call_id)
+    def known(self, call_id: str) -> Call:
+        """ValueError where no such call is recorded."""
+        if call_id not in self._by_id:
+            raise ValueError(f"a call goes on from {call_id}, which is not recorded")
+        return self._by_id[call_id]
 
     def children(self, call: Call) -> list[Call]:
         """The calls that continue this one, oldest first."""

@@ -2,12 +2,13 @@
 
 from agl_ray.spans.build import new_span_id, span_batch
 from agl_ray.spans.ipc import batch_from_ipc, batch_to_ipc, table_from_ipc
-from agl_ray.spans.schema import KIND_CALL, KIND_REWARD, KIND_SPAN, SPAN_SCHEMA
+from agl_ray.spans.schema import KIND_CALL, KIND_REWARD, KIND_SPAN, ROLE_KIND, SPAN_SCHEMA
 
 __all__ = [
     "KIND_CALL",
     "KIND_REWARD",
     "KIND_SPAN",
+    "ROLE_KIND",
     "SPAN_SCHEMA",
     "batch_from_ipc",
     "batch_to_ipc",

@@ -13,6 +13,9 @@ KIND_CALL = "call"  # a model call recorded by the gateway
 KIND_REWARD = "reward"
 KIND_SPAN = "span"  # anything else: tool, operation, message, ...
 
+ROLE_KIND = "agl.role_kind"
+"""Attribute of a call whose role is not trained: `frozen` or `endpoint`; a call of a trained role has none."""
+
 STRING_MAP = pa.map_(pa.string(), pa.string())  # values are JSON
 
 VERSION_RUN = pa.struct([("start", pa.int32()), ("version", pa.int64())])

@@ -16,15 +16,13 @@ import numpy as np
 import pyarrow as pa
 import pyarrow.compute as pc
 
-from agl_ray.spans.schema import KIND_CALL
+from agl_ray.spans.schema import KIND_CALL, ROLE_KIND
 from agl_ray.trajectory.attributes import entries
 from agl_ray.trajectory.ragged import Array
 from agl_ray.types.errors import RunError
 
 TAG = "agentlightning.tag."
 """Keys of a request's `metadata` that begin so have a tag of the call as their value (`agl_ray.tracing.names.make_tag_attributes`)."""
-ROLE_KIND = "agl.role_kind"
-"""Attribute of a call that was answered for a role which is not trained, by whom: `frozen` or `endpoint` (which gives no ids)."""
 RETOKENIZED = "agl.retokenized_tokens"
 COLUMNS = [
     *("rollout_id", "attempt_id", "span_id", "role", "status"),

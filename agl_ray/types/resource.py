@@ -11,13 +11,15 @@ from agl_ray.types.rollout import Record
 
 class LLM(Record, frozen=True, tag_field="resource_type", tag="llm"):
     """A model endpoint. `endpoint` is the root of our gateway (no `/v1`), or any OpenAI-compatible base URL when
-    `gateway` is False. `sampling_parameters` are defaults for requests that leave them out."""
+    `gateway` is False. `sampling_parameters` are defaults for requests that leave them out. `roles`: the names under which our gateway
+    has further models, with the model name of those that are outside."""
 
     endpoint: str
     model: str
     api_key: str | None = None
     sampling_parameters: dict[str, Any] = {}
     gateway: bool = True
+    roles: dict[str, str | None] = {}
 
     def get_base_url(self, rollout_id: str, attempt_id: str, role: str | None = None) -> str:
         """The base URL for an OpenAI client inside this attempt: every call made through it is recorded there."""

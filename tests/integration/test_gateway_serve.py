@@ -14,6 +14,7 @@ from urllib.parse import urlsplit
 
 import openai
 import pytest
+from endpoint_fakes import Endpoint, chat, chat_events, endpoint
 from gateway_fakes import TOOL
 from gateway_system import System, run_config, start
 
@@ -21,10 +22,29 @@ from actors.gateway import start_serve
 from agl_ray.types import AttemptedRollout, InputError
 
 
+def outside(body: dict[str, Any]) -> Any:
+    """The model outside: it says what it is asked to, streamed where asked, and fails on `fail`."""
+    text = body["messages"][-1]["content"]
+    if text == "fail":
+        return 401, {}, {"error": {"message": "no such key"}}
+    return chat_events(*text) if body.get("stream") else chat(text)
+
+
 @pytest.fixture(scope="module")
-def system(scratch: Path) -> Iterator[System]:
+def far() -> Iterator[Endpoint]:
+    with endpoint(outside) as server:
+        yield server
+
+
+@pytest.fixture(scope="module")
+def system(scratch: Path, far: Endpoint) -> Iterator[System]:
     """One system for the module; when it has stopped, nothing listens any more."""
-    running = start(scratch / "g")
+    judge = {"kind": "endpoint", "base_url": f"{far.url}/v1", "model": "far"}
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setenv("AGL_TEST_FAR_KEY", "sk-far")
+        roles = {"planner": "train", "critic": "frozen"}
+        keyed = {**judge, "api_key_env": "AGL_TEST_FAR_KEY"}
+        running = start(scratch / "g", {**roles, "judge": keyed})
     yield running
     running.stop()
     port = int(running.url.rpartition(":")[2])
@@ -38,6 +58,34 @@ def system(scratch: Path) -> Iterator[System]:
 
 def say(text: str) -> dict[str, Any]:
     return {"role": "user", "content": text}
+
+
+def test_three_roles(system: System, far: Endpoint) -> None:
+    one = system.attempt()
+    models = {"planner": "tiny", "critic": "tiny", "judge": "far"}
+    for role, model in models.items():
+        client = system.client(one, role)
+        assert [entry.id for entry in client.models.list()] == [model]
+        answer = client.chat.completions.create(model=model, messages=[say("say ok")])
+        assert answer.choices[0].message.content == ("say ok" if role == "judge" else "ok")
+        stream = client.chat.completions.create(model=model, messages=[say("say yes")], stream=True)
+        text = "".join(chunk.choices[0].delta.content or "" for chunk in stream if chunk.choices)
+        assert text == ("say yes" if role == "judge" else "yes")
+    assert far.requests[0][1]["authorization"] == "Bearer sk-far"
+    with pytest.raises(openai.NotFoundError, match="expected one of critic, judge, planner"):
+        system.client(one, "nobody").chat.completions.create(model="tiny", messages=[say("say x")])
+    with pytest.raises(openai.InternalServerError, match=r"role judge .* HTTP 401: no such key"):
+        system.client(one, "judge").chat.completions.create(model="far", messages=[say("fail")])
+    spans = system.spans(one)
+    calls = [span for span in spans if span["kind"] == "call"]
+    kinds = {span["role"]: span["attributes"].get("agl.role_kind") for span in calls}
+    assert kinds == {"planner": None, "critic": "frozen", "judge": "endpoint"}
+    versions = {span["role"]: span["weight_versions"] for span in calls}
+    assert versions == {"planner": [(0, 3)], "critic": [(0, 0)], "judge": None}
+    assert {bool(span["response_ids"]) for span in calls if span["role"] == "judge"} == {False}
+    state = system.state(one)
+    counts = (state["calls"], state["outside_calls"], state["engine_errors"])
+    assert counts == (6, 2, 1)
 
 
 def test_a_conversation_with_a_tool(system: System) -> None:

@@ -13,9 +13,10 @@ from gateway_fakes import TOOL, FakeEngine, FakeStore, save_model_folder
 
 from agl_ray.gateway.attempts import CallPath
 from agl_ray.gateway.canonical import CallRequest, CallResult, Refusal, Streamed
-from agl_ray.gateway.door import Door, DoorSettings, EngineLost
+from agl_ray.gateway.door import Door, DoorSettings
 from agl_ray.gateway.engine_api import GenerateRequest, GenerateResult
 from agl_ray.gateway.render import Renderer
+from agl_ray.gateway.roles import EngineLost, EngineRole
 from agl_ray.types import EndReason, EngineError, WaitTimeout, replace
 
 PATH = CallPath("ro-1", "at-1")
@@ -36,7 +37,10 @@ class Bench:
         self.engine = FakeEngine(script)
         self.time = 0.0
         settings = DoorSettings(**{"max_model_len": 400, "call_timeout_seconds": 5.0, **options})
-        self.door = Door(self.store, self.engine, renderer, settings, now=lambda: self.time)
+        roles = {"planner": EngineRole(self.engine, renderer)}
+        self.door = Door(
+            self.store, self.engine, renderer, settings, now=lambda: self.time, roles=roles
+        )
 
     @property
     def rows(self) -> list[dict[str, Any]]:

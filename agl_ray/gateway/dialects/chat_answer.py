@@ -23,8 +23,8 @@ def finish_reason(result: CallResult) -> str:
 
 def usage(*results: CallResult) -> dict[str, Any]:
     """Of one answer, or of all answers to one prompt: the prompt counts once."""
-    prompt = len(results[0].prompt_ids)
-    response = sum(len(result.response_ids) for result in results)
+    prompt = results[0].num_prompt
+    response = sum(result.num_response for result in results)
     made = {
         "prompt_tokens": prompt,
         "completion_tokens": response,

@@ -43,10 +43,10 @@ def stop_reason(result: CallResult) -> str:
 
 def usage(result: CallResult) -> dict[str, Any]:
     made: dict[str, Any] = {
-        "input_tokens": len(result.prompt_ids) - result.cached_tokens,
+        "input_tokens": result.num_prompt - result.cached_tokens,
         "cache_creation_input_tokens": 0,
         "cache_read_input_tokens": result.cached_tokens,
-        "output_tokens": len(result.response_ids),
+        "output_tokens": result.num_response,
     }
     if result.reasoning_tokens:
         made["output_tokens_details"] = {"thinking_tokens": result.reasoning_tokens}

@@ -73,7 +73,7 @@ def output(result: CallResult, logprobs: list[dict[str, Any]]) -> list[dict[str,
 
 
 def usage(result: CallResult) -> dict[str, Any]:
-    prompt, answer = len(result.prompt_ids), len(result.response_ids)
+    prompt, answer = result.num_prompt, result.num_response
     return {
         "input_tokens": prompt,
         "input_tokens_details": {"cached_tokens": result.cached_tokens, "cache_write_tokens": 0},

@@ -1,0 +1,102 @@
+"""The section `roles` of the configuration: who answers the calls that an agent makes under a name.
+
+`roles: {planner: train, critic: frozen, judge: {kind: endpoint, base_url: ..., model: ...}}`. A call without a role goes to the run's own
+engine and is trained. Test alone: tests/unit/test_config_roles.py.
+"""
+
+from __future__ import annotations
+
+import os
+from typing import Annotated, Any, Literal
+from urllib.parse import urlsplit
+
+from pydantic import Field, model_validator
+
+from agl_ray.config.section import Positive, PositiveFloat, Section
+from agl_ray.types.errors import ConfigError
+
+RoleName = Annotated[str, Field(pattern=r"^[A-Za-z0-9][A-Za-z0-9._-]{0,63}$")]
+
+
+class RoleConfig(Section):
+    kind: Literal["train", "frozen", "endpoint"]
+    """train: the run's own engine, and its tokens are trained; frozen: an engine of its own whose weights never change; endpoint: a model
+    outside, over HTTP. Calls of all kinds are recorded. `planner: train` is short for `planner: {kind: train}`."""
+    model: str | None = None
+    """frozen: folder of the model, such as an `export` of an earlier run; None = the run's base model. endpoint: name of its model."""
+    replicas: Positive = 1
+    """frozen: vLLM engines of this role."""
+    base_url: str | None = None
+    """endpoint: where its API is; `https://api.openai.com/v1` for api openai, `https://api.anthropic.com` for api anthropic."""
+    api: Literal["openai", "anthropic"] = "openai"
+    """endpoint: what it speaks: openai (POST BASE_URL/chat/completions) or anthropic (POST BASE_URL/v1/messages)."""
+    api_key_env: str | None = None
+    """endpoint: environment variable of the driver that holds its key; None = it asks for none."""
+    requests_per_minute: PositiveFloat | None = None
+    """endpoint: calls of one gateway process are spread to so many; None = no limit."""
+    concurrency: Positive = 16
+    """endpoint: most calls of one gateway process at once; others wait their turn, within `gateway.call_timeout_seconds`."""
+    max_tokens: Positive = 4096
+    """endpoint: most response tokens of a call; an agent may ask for fewer."""
+    max_tokens_field: Literal["max_tokens", "max_completion_tokens"] = "max_tokens"
+    """endpoint, api openai: what it calls that limit (OpenAI's own newer models: max_completion_tokens)."""
+
+    @model_validator(mode="before")
+    @classmethod
+    def _spell_out(cls, given: Any) -> Any:
+        return {"kind": given} if isinstance(given, str) else given
+
+    @model_validator(mode="after")
+    def _fits_its_kind(self) -> RoleConfig:
+        for name, field in type(self).model_fields.items():
+            kinds = _ACTS_WITH.get(name)
+            if kinds and self.kind not in kinds and getattr(self, name) != field.default:
+                raise ValueError(
+                    f"{name} acts for a role of kind {' or '.join(kinds)} only, and this one's is {self.kind}; leave it out"
+                )
+        if self.kind != "endpoint":
+            return self
+        for name in ("base_url", "model"):
+            if getattr(self, name) is None:
+                raise ValueError(f"a role of kind endpoint needs {name}")
+        if urlsplit(self.base_url or "").scheme not in ("http", "https"):
+            raise ValueError(f"base_url: expected http://... or https://..., got {self.base_url!r}")
+        if self.api == "anthropic" and self.max_tokens_field != "max_tokens":
+            raise ValueError("max_tokens_field acts with api openai only; leave it out")
+        return self
+
+
+_ENDPOINT = ("endpoint",)
+_ACTS_WITH: dict[str, tuple[str, ...]] = {
+    "model": ("frozen", "endpoint"),
+    "replicas": ("frozen",),
+    **dict.fromkeys(
+        (
+            *("base_url", "api", "api_key_env", "requests_per_minute"),
+            *("concurrency", "max_tokens", "max_tokens_field"),
+        ),
+        _ENDPOINT,
+    ),
+}
+"""Keys that act for some kinds of role; a value of their own is refused elsewhere."""
+
+
+def role_models(roles: dict[str, RoleConfig]) -> dict[str, str | None]:
+    """Role -> the model name that its calls ask for; None: that of the run's own engine."""
+    return {name: role.model if role.kind == "endpoint" else None for name, role in roles.items()}
+
+
+def endpoint_keys(roles: dict[str, RoleConfig]) -> dict[str, str]:
+    """Role -> its key, out of this process's environment; ConfigError names the role and the variable that is not set."""
+    keys = {}
+    for name, role in roles.items():
+        if role.api_key_env is None:
+            continue
+        key = os.environ.get(role.api_key_env)
+        if not key:
+            raise ConfigError(
+                f"roles.{name}.api_key_env: expected the environment variable {role.api_key_env} to hold the key of "
+                f"{role.base_url}, got nothing; set it where the run is started"
+            )
+        keys[name] = key
+    return keys

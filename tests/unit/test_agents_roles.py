@@ -1,0 +1,69 @@
+"""`ctx.llm(role)`: an endpoint under the attempt's own URL for every role of the resource."""
+
+from __future__ import annotations
+
+import asyncio
+from typing import Any
+
+import pytest
+
+import agl_ray as agl
+from agl_ray.agents.execute import run_agent
+from agl_ray.agents.roles import endpoints
+from agl_ray.tracing import SpanRecorder
+from agl_ray.types import Attempt, AttemptedRollout, EndReason, InputError, Rollout
+
+ROOT = "http://gw/rollout/ro-1/attempt/at-1"
+LLM = agl.LLM(
+    endpoint="http://gw",
+    model="main",
+    sampling_parameters={"temperature": 0.5},
+    roles={"planner": None, "judge": "far"},
+)
+
+
+def attempt(**metadata: Any) -> AttemptedRollout:
+    return AttemptedRollout(
+        rollout=Rollout(rollout_id="ro-1", input=1, start_time=0.0, metadata=metadata),
+        attempt=Attempt(rollout_id="ro-1", attempt_id="at-1", sequence_id=1, start_time=0.0),
+    )
+
+
+def test_every_role_has_its_url_and_model() -> None:
+    found = endpoints(attempt(), {"main_llm": LLM})
+    assert {name: (llm.endpoint, llm.model) for name, llm in found.items()} == {
+        "": (f"{ROOT}/v1", "main"),
+        "planner": (f"{ROOT}/role/planner/v1", "main"),
+        "judge": (f"{ROOT}/role/judge/v1", "far"),
+    }
+    assert found["planner"].sampling_parameters == {"temperature": 0.5}
+    assert found["judge"].sampling_parameters == {}
+    assert found["judge"].get_base_url("ro-1", "at-1") == f"{ROOT}/role/judge/v1"
+    assert endpoints(attempt(), {}) == {}
+    other = agl.LLM(endpoint="http://other", model="b")
+    both = {"a": other, "main_llm": LLM}
+    assert endpoints(attempt(resource="main_llm"), both)["judge"].model == "far"
+    assert set(endpoints(attempt(), both)) == {""}
+
+
+def test_an_agent_gets_at_them() -> None:
+    seen = {}
+
+    @agl.rollout
+    async def agent(task: int, ctx: agl.RolloutContext) -> float:
+        seen["planner"] = ctx.llm("planner").endpoint
+        seen["own"] = ctx.llm().endpoint
+        ctx.llm("plannner")
+        return 1.0
+
+    recorder = SpanRecorder("ro-1", "at-1")
+    outcome = asyncio.run(run_agent(agent, attempt(), {"main_llm": LLM}, recorder, 5.0))
+    assert seen == {"planner": f"{ROOT}/role/planner/v1", "own": f"{ROOT}/v1"}
+    assert outcome.reason is EndReason.AGENT_ERROR
+    assert "unknown role" in (outcome.error or "")
+    assert "judge, planner" in (outcome.error or "")
+
+
+def test_a_run_without_roles_says_so() -> None:
+    with pytest.raises(InputError, match="none in this run"):
+        agl.RolloutContext(rollout_id="r", attempt_id="a").llm("planner")
