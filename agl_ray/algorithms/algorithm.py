@@ -13,7 +13,7 @@ import numpy as np
 import numpy.typing as npt
 
 from agl_ray.algorithms.aggregation import token_scales
-from agl_ray.algorithms.base import AdvantageInputs, LossInputs, LossOutputs
+from agl_ray.algorithms.base import AdvantageInputs, LossInputs, LossOutputs, without_signal
 from agl_ray.algorithms.correction import correction
 from agl_ray.algorithms.registry import OTHER_BASELINES, find_advantage, find_policy_loss
 from agl_ray.config.imports import load_module
@@ -69,7 +69,7 @@ class Algorithm:
                 f"{'' if np.isfinite(made).all() else ' with values that are not finite'}"
             )
         if self.config.advantage not in OTHER_BASELINES:
-            made[_without_signal(rewards, inputs.group)] = 0.0  # not the rounding error of the mean
+            made[without_signal(rewards, inputs.group)] = 0.0  # not the rounding error of the mean
         return self._normalized(made, inputs.group)
 
     def _normalized(self, values: npt.NDArray, group: npt.NDArray) -> npt.NDArray:
@@ -94,17 +94,6 @@ class Algorithm:
         sums = {name: (counted * mark.detach()).sum() for name, mark in marks.items()}
         sums["corrected_fraction"] = (counted * cut).sum()
         return LossOutputs(-(counted * inputs.scale * weight * gain).sum(), sums)
-
-
-def _without_signal(rewards: npt.NDArray, group: npt.NDArray) -> npt.NDArray:
-    """bool [M]: all rewards of the rollout's group are equal."""
-    high, low = (
-        np.full(group.max(initial=-1) + 1, -np.inf),
-        np.full(group.max(initial=-1) + 1, np.inf),
-    )
-    np.maximum.at(high, group, rewards)
-    np.minimum.at(low, group, rewards)
-    return (high == low)[group]
 
 
 def make_algorithm(config: AlgorithmConfig, base: Path | None = None) -> Algorithm:

@@ -13,6 +13,7 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, NamedTuple
 
+import numpy as np
 import numpy.typing as npt
 
 if TYPE_CHECKING:
@@ -37,6 +38,17 @@ class AdvantageInputs:
     turn: npt.NDArray
     state: npt.NDArray
     kept: dict[str, float]
+
+
+def without_signal(rewards: npt.NDArray, group: npt.NDArray) -> npt.NDArray:
+    """bool [M]: all rewards of the unit's group are equal."""
+    high, low = (
+        np.full(group.max(initial=-1) + 1, -np.inf),
+        np.full(group.max(initial=-1) + 1, np.inf),
+    )
+    np.maximum.at(high, group, rewards)
+    np.minimum.at(low, group, rewards)
+    return (high == low)[group]
 
 
 @dataclass(frozen=True, slots=True)

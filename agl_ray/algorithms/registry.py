@@ -30,7 +30,20 @@ AdvantageFunction = Callable[[AdvantageInputs, "AlgorithmConfig"], npt.NDArray]
 PolicyLoss = Callable[[LossInputs, "AlgorithmConfig"], Gain]
 F = TypeVar("F", bound=Callable[..., Any])
 
-OURS = ("grpo", "rloo", "maxrl", "opo", "rae", "gspo", "gmpo", "cispo", "sapo", "dppo", "topr")
+OURS = (
+    "grpo",
+    "rloo",
+    "maxrl",
+    "opo",
+    "rae",
+    "gigpo",
+    "gspo",
+    "gmpo",
+    "cispo",
+    "sapo",
+    "dppo",
+    "topr",
+)
 """Modules of this package that register functions."""
 
 OTHER_BASELINES: set[str] = set()

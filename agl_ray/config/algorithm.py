@@ -59,11 +59,16 @@ class AlgorithmConfig(Section):
     """Files (`path/file.py`) or modules that register functions with `@agl.advantage` and `@agl.policy_loss`, to be named below."""
     advantage: str = "group"
     """Advantage of a unit (`credit.unit`) from the rewards of its group: group (minus the mean), rloo (minus the mean of the others), maxrl, opo
-    (length-weighted baseline), rae (minus what its role got so far; `credit.unit: role`), reward (no baseline), a name registered with `@agl.advantage`, or `file.py:function`."""
+    (length-weighted baseline), rae (minus what its role got so far; `credit.unit: role`), gigpo (by rollout and by
+    state; `credit.unit: call`), reward (no baseline), a name registered with `@agl.advantage`, or `file.py:function`."""
     normalize: Literal["none", "group", "batch"] = "none"
     """Divide the advantage by the group's standard deviation (the original GRPO), or whiten it over the whole batch (REINFORCE++)."""
     rae_decay: Annotated[float, Field(gt=0, lt=1)] = 0.95
     """Advantage rae: how much of a role's baseline is left after a reward."""
+    gigpo_gamma: Annotated[float, Field(gt=0, le=1)] = 0.95
+    """Advantage gigpo: discount of rewards that come in later calls."""
+    gigpo_weight: PositiveFloat = 1.0
+    """Advantage gigpo: weight of the advantage among equal states."""
     loss: str = "clip"
     """Gain of a token: clip (PPO), gspo, gmpo, cispo, sapo, dppo, topr, a name registered with `@agl.policy_loss`, or `file.py:function`."""
     aggregation: Aggregation = "token-mean"
@@ -110,6 +115,10 @@ class AlgorithmConfig(Section):
     def _fits_together(self) -> AlgorithmConfig:
         if self.icepop_low >= self.icepop_high:
             raise ValueError("algorithm.icepop_low must be below algorithm.icepop_high")
+        if self.advantage == "gigpo" and self.normalize == "group":
+            raise ValueError(
+                "algorithm.normalize group divides by the spread of one group, and gigpo has two baselines; leave it out"
+            )
         for field, (switch, values) in _ACTS_WITH.items():
             changed = getattr(self, field) != type(self).model_fields[field].default
             if changed and getattr(self, switch) not in values:
@@ -126,6 +135,8 @@ _ACTS_WITH: dict[str, tuple[str, tuple[str, ...]]] = {
         ("seq-mean-token-mean", "seq-mean-token-sum", "seq-mean-token-sum-norm"),
     ),
     "rae_decay": ("advantage", ("rae",)),
+    "gigpo_gamma": ("advantage", ("gigpo",)),
+    "gigpo_weight": ("advantage", ("gigpo",)),
     "norm_tokens": ("aggregation", ("seq-mean-token-sum-norm",)),
     "dual_clip": ("loss", ("clip",)),
     "sapo_tau_positive": ("loss", ("sapo",)),

@@ -266,9 +266,15 @@ class RunConfig(Section):
             raise ValueError(
                 f"rollout.max_tokens ({self.rollout.max_tokens}) leaves no room for a prompt in engine.max_model_len ({self.engine.max_model_len})"
             )
-        if self.algorithm.advantage == "rae" and self.credit.unit != "role":
+        needed = _UNIT_OF_ADVANTAGE.get(self.algorithm.advantage, self.credit.unit)
+        if self.credit.unit != needed:
             raise ValueError(
-                f"algorithm.advantage rae compares a role with its own past: it needs credit.unit role, got {self.credit.unit}"
+                f"algorithm.advantage {self.algorithm.advantage} needs credit.unit {needed}, got {self.credit.unit}"
+            )
+        if self.algorithm.advantage == "gigpo" and self.credit.outcome == "broadcast":
+            raise ValueError(
+                "algorithm.advantage gigpo adds up the rewards of calls: with credit.outcome broadcast the rollout's own reward would "
+                "count once for every call; say last or none"
             )
         if self.weights.transport == "nccl" and not (
             self.engine.num_gpus and self.learner.num_gpus
@@ -285,3 +291,7 @@ class RunConfig(Section):
                 "cluster.local_cpus applies to a local Ray only; leave it out where cluster.address is given"
             )
         return self
+
+
+_UNIT_OF_ADVANTAGE = {"rae": "role", "gigpo": "call"}
+"""Advantages that are made of one kind of units only."""

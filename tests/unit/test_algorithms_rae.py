@@ -105,7 +105,7 @@ def test_baselines_outlive_the_step_and_are_in_the_checkpoint(tmp_path: Path) ->
 @pytest.mark.parametrize(
     ("given", "words"),
     [
-        ({"algorithm": {"advantage": "rae"}}, "rae .* needs credit.unit role, got rollout"),
+        ({"algorithm": {"advantage": "rae"}}, "advantage rae needs credit.unit role, got rollout"),
         ({"algorithm": {"rae_decay": 0.5}}, "algorithm.rae_decay acts with advantage: rae only"),
     ],
 )
