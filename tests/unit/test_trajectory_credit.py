@@ -12,6 +12,7 @@ import numpy as np
 import pytest
 from learner_data import call, table
 
+import agl_ray as agl
 from agl_ray.algorithms.algorithm import make_algorithm
 from agl_ray.config.algorithm import AlgorithmConfig
 from agl_ray.config.credit import CreditConfig
@@ -20,6 +21,7 @@ from agl_ray.config.models import LearnerConfig
 from agl_ray.config.trajectory import TrajectoryConfig
 from agl_ray.learner.prepare import lay_out
 from agl_ray.tracing.names import make_link_attributes, make_tag_attributes
+from agl_ray.tracing.recorder import SpanRecorder, recording
 from agl_ray.trajectory.batch import GroupPlan, Member, TrainBatch
 from agl_ray.trajectory.calls import read_calls
 from agl_ray.trajectory.credit import Credit, Unit, Units
@@ -358,11 +360,29 @@ def test_groups_without_signal_are_counted_by_row_and_by_unit() -> None:
     assert stats["rows"] == 2  # those of role y have nothing to learn from
 
 
-def test_links_of_an_emitted_reward_name_roles_and_turns() -> None:
-    from agl_ray.spans.otel import _target
-
-    assert _target(make_link_attributes({"agl.role": "wolf"})) == "role:wolf"
-    assert _target(make_link_attributes({"agl.turn": "3"})) == "turn:3"
+def test_what_agents_emit_reaches_the_units() -> None:
+    recorder = SpanRecorder(*ONE)
+    with recording(recorder):
+        agl.emit_reward({"right": 1.0, "short": 0.25}, primary_key="right")
+        agl.emit_reward(10.0, call_id="chatcmpl-a")
+        agl.emit_reward(20.0, tag="search")
+        agl.emit_reward(40.0, attributes=make_link_attributes({"agl.role": "wolf"}))
+        agl.emit_reward(80.0, attributes=make_link_attributes({"agl.turn": "2"}))
+        agl.emit_reward({"right": 0.0, "short": 160.0}, primary_key="right", tag="search")
+    spans = [
+        call("a", [1], [2], attempt=ONE, role="wolf"),
+        call("b", [1], [2], attempt=ONE, attributes=tagged("search")),
+        call("c", [1], [2], attempt=ONE, attributes=tagged("plan", "search"), role="wolf"),
+        *recorder.take(),
+    ]
+    members = (Member(rollout_id="ro-1", attempt_id="at-1", reward=1.0),)
+    batch = TrainBatch(step=1, groups=(GroupPlan(group_id="g", members=members),))
+    units = units_of(spans, batch, CreditConfig(unit="call"))
+    assert units.reward.tolist() == [1 + 10 + 40, 1 + 20 + 80 + 160, 1 + 20 + 40 + 160]
+    weights = {"right": 2.0, "short": 4.0}
+    units = units_of(spans, batch, CreditConfig(unit="call", weights=weights))
+    assert units.reward.tolist() == [3.0, 3 + 4 * 160, 3 + 4 * 160]
+    assert units_of(spans, batch, CreditConfig()).reward.tolist() == [1 + 10 + 20 + 40 + 80 + 160]
 
 
 @pytest.mark.parametrize(
