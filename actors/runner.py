@@ -14,6 +14,7 @@ from __future__ import annotations
 import asyncio
 import logging
 import os
+import time
 from typing import Any
 
 from agl_ray.agents import NO_HOST, Hook, Host, LitAgent, Outcome, check_hooks, settled
@@ -21,6 +22,8 @@ from agl_ray.agents.calling import left_threads
 from agl_ray.agents.command import STORE_KEY
 from agl_ray.agents.isolation import isolated
 from agl_ray.config.tracing import TracingConfig
+from agl_ray.judge import judged
+from agl_ray.judge.settle import Judges
 from agl_ray.spans import KIND_REWARD
 from agl_ray.store import LightningStore
 from agl_ray.tracing import SpanRecorder, SpanSender
@@ -38,7 +41,8 @@ class Runner:
 
     agent: a LitAgent (pickled), or its import string, resolved against `base`. isolation: as `runners.isolation`. timeout_seconds: deadline
     of an attempt whose rollout names none. lease_seconds: how long the store waits for a sign of life. host: what agents are told.
-    otlp: the store's door is open beside the gateway, for spans of programs that the agent starts.
+    otlp: the store's door is open beside the gateway, for spans of programs that the agent starts. judges: who gives the
+    rewards; None: the agent does.
     """
 
     def __init__(
@@ -56,8 +60,9 @@ class Runner:
         isolation: str = "inline",
         hooks: tuple[Hook, ...] = (),
         host: Host = NO_HOST,
+        judges: Judges | None = None,
     ) -> None:
-        self.worker_id, self.store = worker_id, store
+        self.worker_id, self.store, self.judges = worker_id, store, judges
         self.otlp = otlp
         self.concurrency = concurrency
         self.host = replace(host, worker_id=worker_id)
@@ -143,7 +148,13 @@ class Runner:
             outcome = Outcome(reason=EndReason.ENV_ERROR, error=missing)
         else:
             try:
+                give_up = time.monotonic() + limit
                 outcome = await self._agents.run(attempt, resources, recorder, limit, self.host)
+                if self.judges is not None:
+                    left = give_up - time.monotonic()
+                    outcome = await judged(
+                        self.judges, self.store, attempt, outcome, recorder, left
+                    )
             except asyncio.CancelledError:
                 outcome = Outcome(reason=EndReason.CANCELLED, error="the runner was stopped")
         await self._end(attempt, outcome, recorder, sender)

@@ -11,6 +11,7 @@ from collections.abc import Callable
 import ray
 from ray.actor import ActorHandle
 
+from actors.judge import JudgePool
 from actors.runner import Runner, runner_options
 from agl_ray.agents import NO_HOST, Hook, Host, LitAgent
 from agl_ray.config import RunConfig
@@ -45,12 +46,17 @@ class RunnerPool:
         self.config, self.store, self.agent = config, store, agent
         self.base, self.namespace, self.notice = base, namespace, notice
         self.hooks, self.host = hooks, host
+        self._judges: JudgePool | None = None
+        if config.judge.on:
+            self._judges = JudgePool(config.judge, base=base, namespace=namespace)
         self._handles: dict[str, ActorHandle] = {}
         self._empty = asyncio.Event()
         self._stopping = False
 
     async def supervise(self) -> None:
         """Keep every place of the pool filled until `stop`; RunError when runners die as fast as they start."""
+        if self._judges is not None:
+            await self._judges.start()
         await asyncio.gather(*(self._place(i) for i in range(self.config.runners.num_runners)))
 
     async def _place(self, index: int) -> None:
@@ -110,11 +116,17 @@ class RunnerPool:
                 isolation=runners.isolation,
                 hooks=self.hooks,
                 host=self.host,
+                judges=None if self._judges is None else self._judges.client,
             )
         )
 
     async def stop(self) -> None:
-        """Ask every runner to leave; kill those that have not after STOP seconds."""
+        """Ask every runner to leave; kill those that have not after STOP seconds, and the judges then."""
+        await self._stop_runners()
+        if self._judges is not None:
+            self._judges.stop()
+
+    async def _stop_runners(self) -> None:
         self._stopping = True
         handles = dict(self._handles)
         for handle in handles.values():

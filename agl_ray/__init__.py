@@ -31,6 +31,7 @@ _NAMES = {
     "rollout": "agl_ray.agents",
     "advantage": "agl_ray.algorithms",
     "policy_loss": "agl_ray.algorithms",
+    "Verdict": "agl_ray.judge",
     "emit_annotation": "agl_ray.tracing",
     "emit_exception": "agl_ray.tracing",
     "emit_message": "agl_ray.tracing",

@@ -14,6 +14,7 @@ from pydantic import Field, model_validator
 from agl_ray.config.agent import AgentKey
 from agl_ray.config.algorithm import AlgorithmConfig
 from agl_ray.config.credit import CreditConfig
+from agl_ray.config.judge import JudgeConfig
 from agl_ray.config.roles import RoleConfig, RoleName
 from agl_ray.config.runners import RunnersConfig
 from agl_ray.config.section import Fraction, NonNegative, Positive, PositiveFloat, Section
@@ -238,6 +239,7 @@ class RunConfig(Section):
     validation: ValidationConfig = ValidationConfig()
     runners: RunnersConfig = RunnersConfig()
     tracing: TracingConfig = TracingConfig()
+    judge: JudgeConfig = JudgeConfig()
     engine: EngineConfig = EngineConfig()
     gateway: GatewayConfig = GatewayConfig()
     trajectory: TrajectoryConfig = TrajectoryConfig()

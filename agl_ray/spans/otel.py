@@ -38,7 +38,8 @@ SEQUENCE_ID = "agentlightning.span_sequence_id"
 REWARD_VALUE = "agentlightning.reward.0.value"
 REWARD_NAME = "agentlightning.reward.0.name"
 ROLE = "agl.role"
-_PARTS = {ROLE: "role", "agl.turn": "turn"}  # of a rollout, as a reward's link may name them
+TURN = "agl.turn"
+_PARTS = {ROLE: "role", TURN: "turn"}  # of a rollout, as a reward's link may name them
 
 SPAN_KIND = "otel.span.kind"
 SCOPE_NAME = "otel.scope.name"

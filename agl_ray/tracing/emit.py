@@ -3,11 +3,13 @@
     emit_reward(1.0)                                               for the rollout
     emit_reward({"right": 1.0, "short": 0.2}, primary_key="right") several dimensions
     emit_reward(0.5, call_id=answer.id)                            for one model call
-    emit_reward(0.5, tag="search")                                 for whatever carries the tag
+    emit_reward(0.5, tag="search")                                 for the calls whose request has the tag, see below
+    emit_reward(0.5, role="planner")   emit_reward(0.5, turn=2)    for the calls of a role, for the second call
     emit_message("tool timed out")   emit_object(state)   emit_exception(error)   emit_annotation({"phase": "plan"})
 
 A reward is a row of kind `reward` with the columns `reward`, `reward_dimension` (name of the primary one) and `reward_target`: null for
-the rollout, the span id of a call, or `tag:NAME`; further dimensions are attributes `agentlightning.reward.<i>.name` / `.value`.
+the rollout, the span id of a call, `tag:NAME`, `role:NAME` or `turn:N`; further dimensions are attributes `agentlightning.reward.<i>.name` /
+`.value`. A call is tagged in its request: `metadata=make_tag_attributes(["search"])` (OpenAI's field of this name).
 Each emitter returns the span. Outside of a rollout an emitter raises RuntimeError, as agent-lightning's do; with `propagate=False` it
 only returns the span, anywhere.
 
@@ -26,7 +28,7 @@ import msgspec
 
 from agl_ray.spans import new_span_id
 from agl_ray.spans.objects import span_object
-from agl_ray.spans.otel import row_of
+from agl_ray.spans.otel import ROLE, TURN, row_of
 from agl_ray.spans.otel_values import clean
 from agl_ray.spans.schema import SPAN_SCHEMA
 from agl_ray.tracing import names
@@ -43,23 +45,21 @@ def emit_reward(
     primary_key: str | None = None,
     call_id: str | None = None,
     tag: str | None = None,
+    role: str | None = None,
+    turn: int | None = None,
     attributes: Mapping[str, Any] | None = None,
     propagate: bool = True,
 ) -> Span:
     """Record a reward for the running rollout; the last one without a target is the rollout's when the agent returns None.
 
     reward: a number, or numbers by dimension, of which `primary_key` names the one that trains. call_id: the reward is for the model
-    call whose answer had this id (of any dialect). tag: it is for what carries this tag. ValueError for anything that is not a
-    finite number (a NaN is a bug of the agent's, never a reward); InputError where the arguments contradict each other.
+    call whose answer had this id (of any dialect). tag, role, turn (from 1): it is for the calls with this tag, of this role, for the call of
+    this number. ValueError for anything that is not a finite number (a NaN is a bug of the agent's, never a reward); InputError where
+    the arguments contradict each other.
     """
-    if call_id is not None and tag is not None:
-        raise InputError(f"emit_reward: expected call_id or tag, got both ({call_id!r}, {tag!r})")
     given: dict[str, Any] = {names.REWARD: _dimensions(reward, primary_key), **(attributes or {})}
-    if call_id is not None:
-        given |= _linked(given, "gen_ai.response.id", call_id)
-    if tag is not None:
-        given |= _linked(given, f"{names.TAG}.0", tag)
-    return emit_annotation(given, propagate)
+    targets = {"gen_ai.response.id": call_id, f"{names.TAG}.0": tag, ROLE: role, TURN: turn}
+    return emit_annotation(given | _linked(given, targets), propagate)
 
 
 def _dimensions(reward: Any, primary_key: str | None) -> list[dict[str, Any]]:
@@ -75,12 +75,20 @@ def _dimensions(reward: Any, primary_key: str | None) -> list[dict[str, Any]]:
     return [{"name": str(name), "value": finite_reward(reward[name])} for name in ordered]
 
 
-def _linked(given: Mapping[str, Any], key: str, value: Any) -> dict[str, Any]:
-    if not isinstance(value, str) or not value:
-        raise InputError(f"emit_reward: expected the target as text, got {value!r}")
-    if any(str(name).startswith(f"{names.LINK}.") for name in given):
-        raise InputError("emit_reward: expected call_id, tag or links in attributes, got two")
-    return names.make_link_attributes({key: value})
+def _linked(given: Mapping[str, Any], targets: Mapping[str, Any]) -> dict[str, Any]:
+    named = {key: value for key, value in targets.items() if value is not None}
+    if not named:
+        return {}
+    if len(named) > 1 or any(str(name).startswith(f"{names.LINK}.") for name in given):
+        raise InputError(
+            "emit_reward: expected one of call_id, tag, role, turn and links in attributes, got several"
+        )
+    ((key, value),) = named.items()
+    is_turn = isinstance(value, int) and not isinstance(value, bool) and value > 0
+    if not is_turn if key == TURN else not (isinstance(value, str) and value):
+        wanted = "a number from 1" if key == TURN else "text"
+        raise InputError(f"emit_reward: expected its target as {wanted}, got {value!r}")
+    return names.make_link_attributes({key: str(value)})
 
 
 def emit_annotation(annotation: Mapping[str, Any], propagate: bool = True) -> Span:

@@ -7,6 +7,7 @@ import os
 import threading
 import time
 from concurrent.futures import ThreadPoolExecutor
+from pathlib import Path
 from typing import Any
 
 import agl_ray as agl
@@ -72,3 +73,21 @@ async def traced(task: dict[str, Any], ctx: agl.RolloutContext) -> float:
 
 
 SHARED_POOL = ThreadPoolExecutor(2)
+
+
+@agl.rollout
+async def gives_nothing(task: dict[str, Any]) -> None:
+    """Neither returns nor emits a reward: that is for a judge."""
+    await asyncio.sleep(task.get("seconds", 0.0))
+
+
+def judge_of_rows(task: dict[str, Any], reward: float | None) -> agl.Verdict:
+    """The row's own score; a row may have the judge raise, or die on the first try."""
+    if task.get("judge") == "raises":
+        raise LookupError("no such rubric")
+    marker = task.get("die_once")
+    if marker is not None and not Path(marker).exists():
+        Path(marker).touch()
+        os.kill(os.getpid(), 9)
+    assert reward is None
+    return agl.Verdict(reward=task["score"], dimensions={"style": 0.5}, comment="fine")

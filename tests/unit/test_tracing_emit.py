@@ -62,6 +62,8 @@ def test_the_primary_dimension_is_number_0(recorder: SpanRecorder) -> None:
         ({"call_id": "msg_00c0ffee00c0ffee"}, "00c0ffee00c0ffee"),
         ({"call_id": "00c0ffee00c0ffee"}, "00c0ffee00c0ffee"),
         ({"tag": "search"}, "tag:search"),
+        ({"role": "planner"}, "role:planner"),
+        ({"turn": 2}, "turn:2"),
         ({"attributes": make_link_attributes({"gen_ai.response.id": "chatcmpl-1"})}, "1"),
         ({"attributes": make_link_attributes({"agentlightning.tag.0": "plan"})}, "tag:plan"),
         ({"attributes": make_tag_attributes(["fast"])}, None),  # a tag of the reward itself
@@ -88,10 +90,12 @@ def test_what_is_no_reward_is_refused(recorder: SpanRecorder, value: Any) -> Non
 @pytest.mark.parametrize(
     ("options", "text"),
     [
-        ({"call_id": "a", "tag": "b"}, "got both"),
-        ({"tag": ""}, "expected the target as text"),
+        ({"call_id": "a", "tag": "b"}, "got several"),
+        ({"tag": ""}, "expected its target as text"),
+        ({"turn": 0}, "expected its target as a number from 1"),
+        ({"turn": True}, "expected its target as a number from 1"),
         ({"primary_key": "a"}, "goes with a dictionary"),
-        ({"tag": "a", "attributes": make_link_attributes({"span_id": "b"})}, "got two"),
+        ({"tag": "a", "attributes": make_link_attributes({"span_id": "b"})}, "got several"),
     ],
 )
 def test_contradictions_are_refused(
