@@ -16,12 +16,9 @@ from pathlib import Path
 import ray
 from ray.actor import ActorHandle
 
-from agl_ray.config.imports import load_object
 from agl_ray.config.judge import JudgeConfig
 from agl_ray.judge import Bench, Case, JudgeFailed, Verdict
-from agl_ray.judge.bench import Ask
-from agl_ray.judge.endpoint import AskingModel
-from agl_ray.judge.functions import asking_function
+from agl_ray.judge.asking import asking
 from agl_ray.types import AglError, new_id
 from agl_ray.waits import wait
 
@@ -56,7 +53,7 @@ class Judge:
             config = self.config
             rate = config.requests_per_minute
             self._bench = Bench(
-                self._asking(),
+                asking(config, Path(self.base)),
                 retries=config.retries,
                 timeout_seconds=config.timeout_seconds,
                 concurrency=config.concurrency,
@@ -64,12 +61,6 @@ class Judge:
                 requests_per_minute=None if rate is None else rate / config.num_judges,
             )
         return self._bench
-
-    def _asking(self) -> Ask:
-        if self.config.function is None:
-            return AskingModel(self.config)
-        function = load_object(self.config.function, Path(self.base))
-        return asking_function(function, self.config.function)
 
 
 class JudgeClient:

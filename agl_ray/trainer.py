@@ -80,11 +80,13 @@ class Trainer:
         """
         self._started = time.time()
         agent = self._agent(agent)
+        from agl_ray.judge.asking import check_function
         from agl_ray.trajectory.credit import Credit
 
         # The functions that they name exist: said before anything starts.
         make_algorithm(self.config.algorithm, self.base)
         Credit(self.config.credit, self.base)
+        check_function(self.config.judge, self.base)
         rows = self.rows("data.train", self.config.data.train) if train is None else train
         held_out = self.rows("data.val", self.config.data.val) if val is None else val
         if self.config.model.path is not None:

@@ -63,12 +63,14 @@ def show(finding: Finding) -> None:
 
 
 def config_findings(config: RunConfig, base: Path) -> Iterator[Finding]:
-    """What the configuration names: cluster, model, data, agent. Each failure is that part's own paragraph."""
+    """What the configuration names: cluster, model, data, agent, judge. Each failure is that part's own paragraph."""
     yield attempt("cluster", lambda: _cluster(config))
     yield attempt("model", lambda: _model(config, base))
     for key, source in (("data.train", config.data.train), ("data.val", config.data.val)):
         yield attempt(key, lambda source=source: _rows(config, source, base))  # type: ignore[misc]
     yield attempt("agent", lambda: _agent(config, base))
+    if config.judge.on:
+        yield attempt("judge", lambda: _judge(config, base))
 
 
 def attempt(name: str, work: Callable[[], str]) -> Finding:
@@ -118,3 +120,10 @@ def _agent(config: RunConfig, base: Path) -> str:
         return "none named: it is given in Python, Trainer.fit(agent)"
     agent_of(config.agent, base)
     return config.agent if isinstance(config.agent, str) else shlex.join(config.agent.command)
+
+
+def _judge(config: RunConfig, base: Path) -> str:
+    from agl_ray.judge.asking import check_function
+
+    check_function(config.judge, base)
+    return config.judge.function or f"{config.judge.model} at {config.judge.base_url}"

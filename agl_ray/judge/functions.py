@@ -5,11 +5,11 @@ Who calls it: the judge actor. Test alone: tests/unit/test_judge_bench.py.
 
 from __future__ import annotations
 
-import asyncio
 import inspect
 from collections.abc import Callable
 from typing import Any
 
+from agl_ray.agents.calling import call
 from agl_ray.judge.bench import Ask, AskAgain
 from agl_ray.judge.case import Case, Verdict
 from agl_ray.types import InputError
@@ -33,10 +33,7 @@ def asking_function(function: Any, what: str) -> Ask:
     async def ask(case: Case) -> Verdict:
         arguments = {name: PARAMETERS[name](case) for name in names}
         try:
-            if inspect.iscoroutinefunction(function):
-                said = await function(**arguments)
-            else:
-                said = await asyncio.to_thread(function, **arguments)
+            said = await call(function, arguments, apart=True)
             return said if isinstance(said, Verdict) else Verdict(reward=_number(said))
         except Exception as error:
             raise AskAgain(f"{what}: {type(error).__name__}: {error}") from error

@@ -38,6 +38,9 @@ def test_all_well(folder: Path, capsys: pytest.CaptureFixture[str]) -> None:
     assert "1 rows from rows.jsonl" in text
     assert "a local Ray" in text
     assert "All well." in text
+    endpoint = "judge={model: m, base_url: 'http://h/v1'}"
+    assert main(["check", "small.yaml", endpoint]) == 0
+    assert "m at http://h/v1" in capsys.readouterr().out
 
 
 @pytest.mark.parametrize(
@@ -49,6 +52,7 @@ def test_all_well(folder: Path, capsys: pytest.CaptureFixture[str]) -> None:
         (["model.path=none"], ["model", "there is no folder"]),
         (["cluster.address=127.0.0.1:1"], ["cluster", "no Ray answers at 127.0.0.1:1"]),
         (["model={make: 'agent.py:make'}"], ["model", "has no 'make'"]),
+        (["judge={function: 'agent.py:calculator'}"], ["judge", "for its parameter 'llm'"]),
     ],
 )
 def test_what_must_be_mended(

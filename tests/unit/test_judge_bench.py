@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import asyncio
 import math
+import sys
 import threading
 import time
 from typing import Any
@@ -202,6 +203,8 @@ def test_what_goes_wrong_in_a_judge_is_told() -> None:
 
     with pytest.raises(JudgeFailed, match="f: KeyError: 'answer'"):
         judge_with(raises)
+    with pytest.raises(JudgeFailed, match=r"f: RuntimeError: .*sys.exit\(3\)"):
+        judge_with(lambda task: sys.exit(3))
     with pytest.raises(JudgeFailed, match="rewarded call 'nobody'"):
         judge_with(lambda task: Verdict(reward=1.0, calls={"nobody": 1.0}))
     with pytest.raises(InputError, match="nothing can be given for its parameter 'answer'"):
