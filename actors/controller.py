@@ -68,12 +68,14 @@ class Controller:
         agent: LitAgent | str,
         hooks: tuple[Hook, ...] = (),
         host: Host = NO_HOST,
+        api_key: str | None = None,
     ) -> None:
         self.config = RunConfig.model_validate(config)
         self.namespace, self.base, self.model_path = namespace, base, model_path
         self.folder = Path(run_folder)
         setup_logging(self.folder, process="controller", console=None)
         self.agent, self.hooks, self.host = agent, hooks, host
+        self._api_key = api_key  # of the gateway
         self.rows: list[Any] = []
         self.held_out: list[Any] = []
         self.store = LightningStore.connect("store", namespace=namespace)
@@ -159,7 +161,12 @@ class Controller:
         unfinished = [status for status in RolloutStatus if not status.final]
         stale = await self.store.query_rollouts(status_in=unfinished)
         await self.store.cancel_rollouts([rollout.rollout_id for rollout in stale])
-        llm = LLM(endpoint=endpoint, model=MODEL_NAME, roles=role_models(self.config.roles))
+        llm = LLM(
+            endpoint=endpoint,
+            model=MODEL_NAME,
+            api_key=self._api_key,
+            roles=role_models(self.config.roles),
+        )
         resources = await self.store.add_resources({"main_llm": llm})
         groups = GroupRollouts(
             self.config,

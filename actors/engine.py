@@ -62,12 +62,14 @@ def engine_deployment(
     from ray import serve
 
     engine = config.engine
+    number = engine.replicas if replicas is None else replicas
     deployment = serve.deployment(
         Engine,
         name=name,
-        num_replicas=engine.replicas if replicas is None else replicas,
+        num_replicas=number,
         # vLLM's own queue keeps its batch full; beyond that calls wait at the router for whichever replica is free first.
         max_ongoing_requests=2 * engine.max_num_seqs,
+        **affinity(number),
         health_check_period_s=HEALTH_PERIOD_SECONDS,
         graceful_shutdown_timeout_s=3.0,
         graceful_shutdown_wait_loop_s=0.2,
@@ -79,6 +81,19 @@ def engine_deployment(
         },
     )
     return deployment.bind(config, str(model_path), namespace, follow)
+
+
+def affinity(replicas: int) -> dict[str, Any]:
+    """Options of a Serve deployment by which the calls of one session stick to one replica while it lives.
+
+    Consistent hashing of `GenerateRequest.session`: every gateway finds the same replica without asking, and when one comes or goes only
+    the sessions next to it move. A replica whose queue is full passes a call on to the next."""
+    if replicas == 1:
+        return {}  # nothing to choose, and the default router is the faster one
+    from ray.serve.config import RequestRouterConfig
+
+    router = "ray.serve.experimental.consistent_hash_router.ConsistentHashRouter"
+    return {"request_router_config": RequestRouterConfig(request_router_class=router)}
 
 
 class Engine:

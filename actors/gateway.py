@@ -40,7 +40,7 @@ from agl_ray.gateway.upstream import Upstream, UpstreamSettings
 from agl_ray.gateway.upstream_anthropic import AnthropicApi
 from agl_ray.gateway.upstream_openai import OpenAIApi
 from agl_ray.store.client import LightningStore
-from agl_ray.types import EngineError, InputError, RunError, WaitTimeout
+from agl_ray.types import ConfigError, EngineError, InputError, RunError, WaitTimeout
 
 DRAIN_SECONDS = 0.2  # a stopping replica takes new calls for so long; calls in flight get 5 s more (Serve's own margin)
 GATEWAYS = "gateway/"  # every gateway process that starts leaves a key under it in the store
@@ -59,7 +59,7 @@ class HandleEngine:
         self._stream = handle.options(stream=True).generate_stream
 
     async def generate(self, request: GenerateRequest) -> GenerateResult:
-        response = self._whole.remote(request)
+        response = self._whole.options(session_id=request.session).remote(request)
         with _engine_errors():
             try:
                 result: GenerateResult = await response
@@ -71,7 +71,7 @@ class HandleEngine:
     async def generate_stream(
         self, request: GenerateRequest
     ) -> AsyncGenerator[GenerateChunk, None]:
-        response = self._stream.remote(request)
+        response = self._stream.options(session_id=request.session).remote(request)
         finished = False
         try:
             with _engine_errors():
@@ -113,6 +113,7 @@ class Gateway:
         engine: Any,
         frozen: Mapping[str, Any],
         keys: Mapping[str, str],
+        api_key: str | None,
     ) -> None:
         renderer = _renderer(config, model_path)
         settings = DoorSettings(
@@ -133,7 +134,7 @@ class Gateway:
             else:
                 roles[name] = OutsideRole(_upstream(name, role, keys.get(name)))
         door = Door(store, main, renderer, settings, roles=roles)
-        self._app = GatewayApp(door, renderer, functools.partial(_sign_in, store))
+        self._app = GatewayApp(door, renderer, functools.partial(_sign_in, store), api_key)
 
     def __serve_build_asgi_app__(self) -> GatewayApp:
         return self._app
@@ -173,12 +174,14 @@ def gateway_deployment(
     engine_app: Any,
     frozen_apps: Mapping[str, Any] | None = None,
     keys: Mapping[str, str] | None = None,
+    api_key: str | None = None,
 ) -> Any:
     """The bound Serve application of the gateway, for `serve.run(..., route_prefix="/")`.
 
     `model_path`: the run's base model folder (its tokenizer is used), readable on every node. `namespace`: where the `store` actor
     lives. `engine_app`: the bound engine deployment (`actors.engine.engine_deployment`), `frozen_apps` those of the
-    frozen roles, by role; `keys` those of the endpoint roles, by role (`endpoint_keys`).
+    frozen roles, by role; `keys` those of the endpoint roles, by role (`endpoint_keys`). `api_key`: what callers must show
+    (`gateway_key`).
     """
     from ray import serve
 
@@ -208,8 +211,28 @@ def gateway_deployment(
         },
     )
     return deployment.bind(
-        config, str(model_path), namespace, engine_app, dict(frozen_apps or {}), dict(keys or {})
+        config,
+        str(model_path),
+        namespace,
+        engine_app,
+        dict(frozen_apps or {}),
+        dict(keys or {}),
+        api_key,
     )
+
+
+def gateway_key(config: RunConfig) -> str | None:
+    """The key of `gateway.api_key_env`, from this process's environment; ConfigError where it is named and not there."""
+    name = config.gateway.api_key_env
+    if name is None:
+        return None
+    key = os.environ.get(name, "")
+    if not key or not key.isascii() or key != key.strip():
+        raise ConfigError(
+            f"gateway.api_key_env: expected the environment variable {name} to hold a key (ASCII, no outer white space); "
+            "set it for the driver, or leave gateway.api_key_env out"
+        )
+    return key
 
 
 def serve_environment(config: RunConfig) -> dict[str, str]:

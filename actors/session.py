@@ -26,6 +26,7 @@ from actors.engine_vllm import check_vllm
 from actors.gateway import (
     check_door,
     gateway_deployment,
+    gateway_key,
     serve_environment,
     start_serve,
     wait_until_open,
@@ -72,6 +73,7 @@ class RunSession:
         self._store: LightningStore | None = None
         self._door_key: str | None = None
         self._role_keys: dict[str, str] = {}
+        self._api_key: str | None = None  # of the gateway
         self._rows: list[ray.ObjectRef] = []
         self._sync: ActorHandle | None = None  # held: Ray ends an actor whose last handle is gone
 
@@ -100,6 +102,7 @@ class RunSession:
     def start_services(self) -> None:
         """Ray, the store, weight sync. InputError at once when the HTTP door's port is taken."""
         check_door(self.config)
+        self._api_key = gateway_key(self.config)
         self._door_key = door_key(self.config) if self.config.store.door else None
         self._role_keys = endpoint_keys(self.config.roles)
         url = store_url(self.config.store.url, self.folder)
@@ -183,6 +186,7 @@ class RunSession:
                 host=Host(
                     store_key=self._door_key, artifacts_folder=str(self.folder / "artifacts")
                 ),
+                api_key=self._api_key,
             )
         )
         self._stack.callback(self._stop_controller, controller)
@@ -218,7 +222,13 @@ class RunSession:
             if role.kind == "frozen"
         }
         application = gateway_deployment(
-            self.config, str(model_path), self.namespace, engine, frozen, self._role_keys
+            self.config,
+            str(model_path),
+            self.namespace,
+            engine,
+            frozen,
+            self._role_keys,
+            self._api_key,
         )
         address = f"http://{host}:{port}"
         targets = [serve.RunTarget(application, name=APPLICATION, route_prefix="/")]

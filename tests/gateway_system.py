@@ -30,7 +30,7 @@ NAMESPACE = "gateway-test"
 
 
 class ScriptedEngine:
-    """An engine deployment; `version` is that of its weights. It obeys the last user message: `say X`, `call X` (a tool call with expression X, in a spelling of
+    """An engine deployment; `version` is that of its weights. It obeys the last user message: `say X`, `pid` (says its process id), `call X` (a tool call with expression X, in a spelling of
     its own), `slow`, `fail`, `die X` (its process ends, once per X). `marks` is a folder for what must outlive the process."""
 
     def __init__(self, folder: str, marks: str, version: int = 3) -> None:
@@ -56,6 +56,8 @@ class ScriptedEngine:
             except asyncio.CancelledError:
                 (self.marks / "aborted").touch()
                 raise
+        if verb == "pid":
+            rest = str(os.getpid())
         if verb == "call":
             arguments = '{"expression":"' + rest + '"}'
             rest = (
@@ -147,13 +149,15 @@ class System:
         self._process.join(60)
 
 
-def start(folder: Path, roles: dict[str, Any] | None = None, **gateway: Any) -> System:
+def start(
+    folder: Path, roles: dict[str, Any] | None = None, engines: int = 1, **gateway: Any
+) -> System:
     """Start it all; `folder` (short path) takes model, marks and Ray's files; `roles` is that config section, `gateway` are keys of that
-    one. A frozen role has a scripted engine of its own."""
+    one. A frozen role has a scripted engine of its own; the run's own has `engines` replicas."""
     (folder / "marks").mkdir(parents=True)
     context = multiprocessing.get_context("spawn")
     ours, theirs = context.Pipe()
-    process = context.Process(target=_child, args=(theirs, str(folder), roles, gateway))
+    process = context.Process(target=_child, args=(theirs, str(folder), roles, engines, gateway))
     process.start()
     if not ours.poll(240):
         process.kill()
@@ -165,20 +169,30 @@ def start(folder: Path, roles: dict[str, Any] | None = None, **gateway: Any) -> 
 
 
 def _child(
-    pipe: Connection, folder: str, roles: dict[str, Any] | None, gateway: dict[str, Any]
+    pipe: Connection,
+    folder: str,
+    roles: dict[str, Any] | None,
+    engines: int,
+    gateway: dict[str, Any],
 ) -> None:
     try:
-        asyncio.run(_serve(pipe, Path(folder), roles, gateway))
+        asyncio.run(_serve(pipe, Path(folder), roles, engines, gateway))
     except Exception as error:
         pipe.send(RuntimeError(f"the system failed: {error!r}"))
         raise
 
 
 async def _serve(
-    pipe: Connection, folder: Path, roles: dict[str, Any] | None, gateway: dict[str, Any]
+    pipe: Connection,
+    folder: Path,
+    roles: dict[str, Any] | None,
+    engines: int,
+    gateway: dict[str, Any],
 ) -> None:
+    from actors.engine import affinity
     from actors.gateway import (
         gateway_deployment,
+        gateway_key,
         serve_environment,
         start_serve,
         wait_until_open,
@@ -205,10 +219,12 @@ async def _serve(
     store = await asyncio.to_thread(create_store, "store", NAMESPACE, "memory://")
     host, port = await asyncio.to_thread(start_serve, config)
 
-    def engine(name: str, version: int) -> Any:
+    def engine(name: str, version: int, replicas: int = 1) -> Any:
         return serve.deployment(
             ScriptedEngine,
             name=name,
+            num_replicas=replicas,
+            **affinity(replicas),
             max_ongoing_requests=100,
             health_check_period_s=1.0,
             graceful_shutdown_timeout_s=1.0,
@@ -223,9 +239,10 @@ async def _serve(
         config,
         folder / "model",
         NAMESPACE,
-        engine("Engine", 3),
+        engine("Engine", 3, engines),
         frozen,
         endpoint_keys(config.roles),
+        gateway_key(config),
     )
     await asyncio.to_thread(serve.run, application, name="gw", route_prefix="/")
     await asyncio.to_thread(wait_until_open, host, port, 30.0)
@@ -245,6 +262,8 @@ async def _serve(
                 pipe.send(await store.query_span_rows(*arguments))
             elif command == "kill_gateway":
                 pipe.send(await asyncio.to_thread(_kill_replica, "Gateway"))
+            elif command == "gateway_port":
+                pipe.send(await asyncio.to_thread(_replica_port, "Gateway", environment))
             elif command == "stop":
                 break
         except Exception as error:  # noqa: BLE001 (the test is told)
@@ -257,7 +276,23 @@ async def _serve(
 
 def _kill_replica(deployment: str) -> int:
     """kill -9 of the one replica of a deployment; its process id."""
+    process = _replica(deployment)
+    process.kill()
+    return process.pid
+
+
+def _replica_port(deployment: str, environment: dict[str, str]) -> int:
+    """Where the replica itself listens, behind HAProxy."""
+    first, last = (
+        int(environment[f"RAY_SERVE_DIRECT_INGRESS_{end}_HTTP_PORT"]) for end in ("MIN", "MAX")
+    )
+    for connection in _replica(deployment).net_connections():
+        if connection.status == "LISTEN" and first <= connection.laddr.port <= last:
+            return int(connection.laddr.port)
+    raise LookupError(f"{deployment} does not listen between {first} and {last}")
+
+
+def _replica(deployment: str) -> Any:
     for process in descendants(os.getpid(), f"ServeReplica:gw:{deployment}"):
-        process.kill()
-        return process.pid
+        return process
     raise LookupError(f"no replica of {deployment}")

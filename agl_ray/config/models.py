@@ -123,6 +123,9 @@ class GatewayConfig(Section):
     that is nothing. Calls open at the same time do not know of each other's. None = no limit."""
     proxy: Literal["haproxy", "serve"] = "haproxy"
     """Ray Serve's front proxy: HAProxy (6x the requests/s) or Serve's own."""
+    api_key_env: Annotated[str, Field(min_length=1)] | None = None
+    """Name of an environment variable of the driver with the key that every call must bring, as a bearer token or as `x-api-key`; others
+    are refused with status 401. Agents get it in their LLM resource, which is in the run's journal. None: any key will do."""
 
 
 class LearnerConfig(Section):

@@ -224,6 +224,7 @@ class Door:
             request_id=call.call_id if number == 0 else f"{call.call_id}-{number}",
             prompt_ids=call.plan.prompt_ids,
             structure=call.structure,
+            session=call.path.rollout_id,
             **{
                 key: max(value, 0) if key == "top_k" else value
                 for key, value in call.sampling.items()
@@ -337,6 +338,7 @@ class Door:
             call.live.keep(call.path.role, call.call_id, call.request, result)
         call.live.counts["calls"] += 1
         call.live.counts["response_tokens"] += len(answer.response_ids)
+        call.live.counts["cached_tokens"] += answer.cached_tokens
         call.live.counts["retokenized_tokens"] += call.plan.retokenized
         call.live.counts["branches"] += call.plan.branch_reason is not None
         call.live.counts["overlong_cuts"] += call.cut is not None

@@ -5,13 +5,14 @@
 
 Called by: `actors/gateway.py` (Ray Serve), or any ASGI server. No framework: a request costs no routing table, no pydantic. What
 differs between the APIs is in the table of dialects, the error bodies included. A path with `/v1` twice is taken for one with it
-once: the base URL of an LLM resource ends in `/v1`, and Anthropic's client adds its own. Keys (`Authorization`, `x-api-key`) and the
-headers `anthropic-version` and `anthropic-beta` are accepted and change nothing. When the caller goes away the call is cancelled, and
+once: the base URL of an LLM resource ends in `/v1`, and Anthropic's client adds its own. Where the run has a key, all but /healthz asks for
+it (`Authorization: Bearer` or `x-api-key`). The headers `anthropic-version` and `anthropic-beta` are accepted and change nothing. When the caller goes away the call is cancelled, and
 with it the engine's work. Test alone: `pytest tests/unit/test_gateway_http.py`.
 """
 
 from __future__ import annotations
 
+import hmac
 import logging
 from collections.abc import AsyncGenerator, Awaitable, Callable
 from contextlib import aclosing
@@ -38,15 +39,18 @@ _SSE = [(b"content-type", b"text/event-stream; charset=utf-8"), (b"cache-control
 
 
 class GatewayApp:
-    """The ASGI application; see the module's text. on_start: awaited before the first request; where it fails the server does not start."""
+    """The ASGI application; see the module's text. on_start: awaited before the first request; where it fails the server does not start.
+    api_key: what callers must show; None: anything."""
 
     def __init__(
         self,
         door: Door,
         renderer: Renderer,
         on_start: Callable[[], Awaitable[None]] | None = None,
+        api_key: str | None = None,
     ) -> None:
         self._door, self._renderer, self._on_start = door, renderer, on_start
+        self._api_key = None if api_key is None else api_key.encode()
 
     async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
         if scope["type"] == "lifespan":
@@ -89,6 +93,8 @@ class GatewayApp:
         if action == "healthz":
             await _respond(send, 200, b'{"status":"ok"}')
             return
+        if self._api_key is not None:
+            _check_key(self._api_key, dict(scope.get("headers") or ()))
         if path is None or action not in (*DIALECTS, COUNT_TOKENS, *_GET):
             raise Refusal(
                 404,
@@ -188,6 +194,21 @@ def _dialect(action: str, scope: Scope) -> Dialect:
         return MESSAGES
     headers = dict(scope.get("headers") or ())
     return DIALECTS.get(action, MESSAGES if b"anthropic-version" in headers else CHAT)
+
+
+def _check_key(expected: bytes, headers: dict[bytes, bytes]) -> None:
+    """Refusal 401 unless one of the headers that clients put their key in has this one; the time it takes says nothing about it."""
+    scheme, _, token = headers.get(b"authorization", b"").partition(b" ")
+    bearer = token.strip() if scheme.lower() == b"bearer" else b""
+    right = [hmac.compare_digest(one, expected) for one in (bearer, headers.get(b"x-api-key", b""))]
+    if not any(right):
+        raise Refusal(
+            401,
+            "this gateway asks for a key, and the call's is not it: send the api_key of the attempt's LLM resource "
+            "(Authorization: Bearer, or x-api-key)",
+            code="invalid_api_key",
+            kind="authentication_error",
+        )
 
 
 async def _body(receive: Receive) -> bytes:

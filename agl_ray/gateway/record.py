@@ -3,7 +3,7 @@
 Called by: the door. A call span holds the exact ids in suffix form (`parent_call`, `parent_tokens`, spans/schema.py) and in its
 attributes, as JSON: `request` {messages from `messages_from` on, tools, sampling, metadata, template options}, `response` (the message
 returned), `agl.session` (text of the new part of the prompt, raw text of the response, where it continues its parent), `agl.timings`
-(seconds), `agl.retokenized_tokens`, for a branch `agl.branch_reason`, `agl.constrained` (constrained.py), `agl.overlong` where the prompt was cut (overlong.py),
+(seconds), `agl.retokenized_tokens`, `agl.cached_tokens` (of the prompt, found in the engine's prefix cache), for a branch `agl.branch_reason`, `agl.constrained` (constrained.py), `agl.overlong` where the prompt was cut (overlong.py),
 `agl.role_kind` (frozen | endpoint) where the role is not trained, and `agl.kept` where a later call may name this one as the one
 it goes on from (the responses dialect). A raw prompt has no messages: its text is in `agl.session`. A call that a model outside answered has no ids
 and no `agl.session`: `agl.token_ids` says so, and `agl.endpoint` who answered. A gateway that was restarted reads these spans and
@@ -30,7 +30,7 @@ FAILED_CALL_NAME = "model.call.failed"
 REFUSED_CALL_NAME = "model.call.refused"
 COUNTED = (
     *("calls", "outside_calls", "engine_errors", "refused_calls"),
-    *("response_tokens", "retokenized_tokens", "branches", "overlong_cuts"),
+    *("response_tokens", "retokenized_tokens", "branches", "overlong_cuts", "cached_tokens"),
 )
 NO_IDS = "none: a model outside answered, and gives no token ids"
 
@@ -77,6 +77,7 @@ def call_span(
         },
         "agl.timings": dict(timings),
         "agl.retokenized_tokens": plan.retokenized,
+        "agl.cached_tokens": result.cached_tokens,
         **notes,
     }
     if request.constraint:
@@ -266,6 +267,7 @@ def counters(rows: Iterable[Mapping[str, Any]]) -> dict[str, int]:
             found["retokenized_tokens"] += int(
                 _value(attributes.get("agl.retokenized_tokens", "0"))
             )
+            found["cached_tokens"] += int(_value(attributes.get("agl.cached_tokens", "0")))
             found["branches"] += "agl.branch_reason" in attributes
             found["overlong_cuts"] += "agl.overlong" in attributes
     return found

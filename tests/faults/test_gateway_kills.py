@@ -15,13 +15,39 @@ from gateway_system import System, start
 
 @pytest.fixture(scope="module")
 def system(scratch: Path) -> Iterator[System]:
-    running = start(scratch / "k")
+    running = start(scratch / "k", engines=2)
     yield running
     running.stop()
 
 
 def say(text: str) -> dict[str, Any]:
     return {"role": "user", "content": text}
+
+
+def pids(system: System, one: Any, number: int) -> set[str]:
+    """The processes of the engine replicas that so many calls of an attempt, one continuing the other, were answered by."""
+    client = system.client(one)
+    messages: list[Any] = []
+    found = set()
+    for _ in range(number):
+        messages.append(say("pid"))
+        message = client.chat.completions.create(model="tiny", messages=messages).choices[0].message
+        messages.append(message)
+        found.add(str(message.content))
+    return found
+
+
+def test_the_calls_of_a_rollout_stick_to_one_replica_while_it_lives(system: System) -> None:
+    attempts = [system.attempt() for _ in range(10)]
+    homes = [pids(system, one, 3) for one in attempts]
+    assert [len(home) for home in homes] == [1] * len(attempts)
+    assert len(set.union(*homes)) == 2, "ten rollouts at one replica, the other idle"
+    lost = attempts[0]
+    answer = system.client(lost).chat.completions.create(model="tiny", messages=[say("die home")])
+    assert answer.choices[0].message.content == "home"
+    assert not pids(system, lost, 1) & homes[0]
+    stayed = [n for n, home in enumerate(homes) if home != homes[0]]
+    assert [pids(system, attempts[n], 1) for n in stayed] == [homes[n] for n in stayed]
 
 
 def test_a_call_whose_engine_dies_is_answered_by_the_next_one(system: System) -> None:

@@ -75,6 +75,44 @@ def test_an_oversized_body(
 
 
 @every
+def test_a_wrong_key(renderer: Renderer, action: str) -> None:
+    desk = Desk(renderer, [says(renderer, "2"), says(renderer, "2")])
+    desk.app = http.GatewayApp(desk.door, renderer, api_key="the-key")
+    wrong: list[dict[str, str]] = [
+        {},
+        {"Authorization": "Bearer other"},
+        {"Authorization": "the-key"},
+        {"Authorization": "Basic the-key"},
+        {"Authorization": "Bearer the-key2", "x-api-key": "the-ke"},
+        {"x-api-key": ""},
+    ]
+    for headers in wrong:
+        answer = desk.post(action, BODIES[action], **headers)
+        assert "api_key" in message(action, answer, 401)
+        kind = answer.json()["error"]
+        assert kind["type"] == "authentication_error" or kind["code"] == "invalid_api_key"
+    other = f"../../../ro-2/attempt/at-1/{action}"
+    assert message(action, desk.post(other, BODIES[action]), 401)
+    for headers in ({"Authorization": "bearer the-key"}, {"x-api-key": "the-key"}):
+        assert desk.post(action, BODIES[action], **headers).status_code == 200
+    assert len(desk.rows) == 2
+
+
+def test_whatever_tells_of_an_attempt_asks_for_the_key(renderer: Renderer) -> None:
+    app = http.GatewayApp(Desk(renderer, []).door, renderer, api_key="the-key")
+
+    async def statuses() -> list[int]:
+        transport = httpx.ASGITransport(app)
+        async with httpx.AsyncClient(transport=transport, base_url="http://desk") as client:
+            paths = (f"{BASE}/state", f"{BASE}/v1/models", "/healthz")
+            bare = [(await client.get(path)).status_code for path in paths]
+            client.headers["x-api-key"] = "the-key"
+            return bare + [(await client.get(path)).status_code for path in paths]
+
+    assert asyncio.run(statuses()) == [401, 401, 200, 200, 200, 200]
+
+
+@every
 def test_a_finished_attempt_and_one_that_never_was(renderer: Renderer, action: str) -> None:
     desk = Desk(renderer, [])
     ended = EndReason.TIMEOUT
