@@ -62,6 +62,7 @@ QUICK = [  # nothing has to be made first: random weights, and an agent whose re
     "data.fields=[question]",
     "rollout.groups_per_step=4",
     "engine.max_model_len=256",
+    "engine.tool_parser=null",  # its agent has no tools; loading vLLM's parsers takes the gateway seconds
     "learner.max_row_tokens=256",
 ]
 QUICK_TOKENS = 32  # an answer; the price of a call is the same for a short one, so short ones have a smaller share

@@ -12,6 +12,7 @@ import pytest
 import torch
 
 from agl_ray.types.errors import WeightSyncError
+from agl_ray.weights import sender as sender_module
 from agl_ray.weights.receiver import Receiver
 from agl_ray.weights.sender import WeightSender
 from agl_ray.weights.transports import Channel, GroupSpec
@@ -114,11 +115,16 @@ def test_a_newer_order_supersedes_one_that_is_still_joining() -> None:
         except WeightSyncError as error:
             failed.append(error)
 
+    channel = sender_module._channel
+    before = channel._interrupt
     thread = threading.Thread(target=stuck)
     thread.start()
     receiver = Receiver()
     receiver.begin(order(sender, "stuck", 1, 3))  # rank 2 never comes
-    time.sleep(0.3)
+    deadline = time.monotonic() + 30
+    while channel._interrupt is before:  # the sender is on its way into the old group
+        assert time.monotonic() < deadline
+        time.sleep(0.01)
     receiver.begin(order(sender, "fresh", 1, 2))
     sender.send(order(sender, "fresh", 0, 2))
     assert outcome(receiver)["ok"]
