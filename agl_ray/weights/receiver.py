@@ -72,8 +72,8 @@ class Receiver:
         try:
             checksum = self._receive(job)
         except Exception as error:  # noqa: BLE001  the thread's end: the error is the outcome
-            if self._job is job:
-                self._channel.drop()
+            if "group" in job.order:
+                self._channel.drop(job.order["group"]["id"])
             job.flats.clear()
             job.outcome = {"ok": False, "error": f"{type(error).__name__}: {error}"}
         else:

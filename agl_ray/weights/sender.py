@@ -96,7 +96,7 @@ class WeightSender:
             for flat in self.buckets:
                 group.broadcast(flat)
         except WeightSyncError:
-            _channel.drop()
+            _channel.drop(spec.id)
             raise
 
     def _put(self) -> list[Any]:

@@ -98,6 +98,7 @@ class Channel:
 
     def __init__(self) -> None:
         self._group: TransferGroup | None = None
+        self._wanted: str | None = None  # the group that is held or being joined
         self._interrupt = threading.Event()
         self._lock = threading.Lock()
 
@@ -112,7 +113,7 @@ class Channel:
                 return held
             self._interrupt.set()
             self._interrupt = interrupt = threading.Event()
-            self._group = None
+            self._group, self._wanted = None, spec.id
         if held is not None:
             held.close()
         group = TransferGroup(spec, interrupt)
@@ -124,9 +125,13 @@ class Channel:
             self._group = group
         return group
 
-    def drop(self) -> None:
-        """Close what is held and interrupt what is being joined: after a failure a group is never used again."""
+    def drop(self, group: str | None = None) -> None:
+        """Close what is held and interrupt what is being joined: after a failure a group is never used again.
+
+        group: only if that is the one; a failure of an older group, told late, must not end the newer one."""
         with self._lock:
+            if group not in (None, self._wanted):
+                return
             self._interrupt.set()
             held, self._group = self._group, None
         if held is not None:
