@@ -103,6 +103,10 @@ def test_a_killed_runner_is_replaced_and_its_attempts_are_queued_again(
         statistics = await store.statistics()
         assert statistics["attempts_by_reason"]["ok"] == 8
         assert statistics["attempts_by_reason"]["lost"] >= 1
+        for one in (await store.query_rollouts()).items:  # what was lost was queued again once
+            tries = (await store.query_attempts(one.rollout_id)).items
+            reasons = [attempt.end_reason for attempt in tries]
+            assert reasons in ([EndReason.OK], [EndReason.LOST, EndReason.OK])
 
     asyncio.run(scenario())
 

@@ -56,6 +56,31 @@ async def the_last_retry_is_the_last(store: LightningStore) -> None:
     assert await store.dequeue_rollout() is None
 
 
+async def a_repeated_request_takes_nothing_twice(
+    store: LightningStore, elsewhere: LightningStore, restart: Restart
+) -> None:
+    """Request ids of the caller's own: over another client, after its attempt has ended, and after a restart."""
+    await queued(store, 1, 2, 3)
+    first = await store.dequeue_many_rollouts(limit=2, worker_id="w", request_id="take")
+    again = await elsewhere.dequeue_many_rollouts(limit=2, worker_id="w", request_id="take")
+    assert [key_of(one) for one in again] == [key_of(one) for one in first]
+    await end_ok(store, first[0])
+    again = await elsewhere.dequeue_many_rollouts(limit=2, worker_id="w", request_id="take")
+    assert [one.attempt.end_reason for one in again] == [EndReason.OK, None]
+    made = await store.start_rollout({"a": 1}, request_id="make")
+    await end_ok(store, made)
+    store = await restart()
+    open_ones = await store.dequeue_many_rollouts(limit=2, worker_id="w", request_id="take")
+    assert [key_of(one) for one in open_ones] == [key_of(first[1])]
+    assert key_of(await store.start_rollout({"a": 1}, request_id="make")) == key_of(made)
+    with pytest.raises(Conflict, match="another rollout"):
+        await store.start_rollout({"a": 2}, request_id="make")
+    more = await store.start_attempt(first[1].rollout_id, request_id="more")
+    assert key_of(await store.start_attempt(more.rollout_id, request_id="more")) == key_of(more)
+    assert (await store.statistics())["attempts"] == 4
+    assert (await store.statistics())["queue"] == 1
+
+
 async def taking_is_one_step(store: LightningStore, restart: Restart) -> None:
     """After a crash a rollout is either waiting or has the attempt that was given out: never neither."""
     ids = await queued(store, *range(20))
