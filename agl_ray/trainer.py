@@ -35,6 +35,7 @@ if TYPE_CHECKING:
 
     from actors.session import RunSession
     from agl_ray.agents import Hook, LitAgent
+    from agl_ray.agents.dev import Tried
 
 EVENT_POLL = 1.0  # seconds of one long poll for the controller's events
 CONTROLLER_RESTARTS = 3
@@ -102,6 +103,42 @@ class Trainer:
 
         with self.display, RunSession(self.config, folder, self.display) as session:
             return self._run(session, agent, rows, held_out)
+
+    def dev(
+        self,
+        agent: LitAgent | Any = None,
+        data: list[Any] | None = None,
+        *,
+        base_url: str | None = None,
+        model: str | None = None,
+        api_key: str | None = None,
+        rows: int = 3,
+    ) -> list[Tried]:
+        """Try the agent on the first `rows` rows, one after the other, with no training and no cluster, and print the call tree of each.
+
+        agent, data: as in `fit`. base_url, api_key: an OpenAI-compatible server; None takes OPENAI_BASE_URL and OPENAI_API_KEY. Everything
+        runs in this thread, so breakpoints work, and no deadline applies. InputError when something given is wrong.
+        """
+        from agl_ray.agents import agent_of, as_agent
+        from agl_ray.agents.dev import develop
+        from agl_ray.agents.dev_show import show_total, show_tried
+
+        if agent is None and self.config.agent is not None:
+            found = agent_of(self.config.agent, self.base)
+        else:
+            found = as_agent(agent)
+        given = self.rows("data.train", self.config.data.train) if data is None else data
+        tried = develop(
+            found,
+            given[:rows],
+            base_url=base_url,
+            model=model,
+            api_key=api_key,
+            hooks=self.hooks,
+            shown=show_tried,
+        )
+        show_total(tried)
+        return tried
 
     # Checking what was given ----------------------------------------------------------------------
 

@@ -10,7 +10,8 @@ import contextvars
 import inspect
 import os
 import threading
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
 from contextvars import ContextVar
 from typing import Any
 
@@ -30,11 +31,10 @@ def left_threads() -> int:
 async def call(function: Callable[..., Any], kwargs: dict[str, Any], *, apart: bool) -> Any:
     """What `function(**kwargs)` returns, awaited where it is a coroutine.
 
-    apart: run a plain function in a thread of its own, so that this loop goes on; cancelled, the thread is left behind. SystemExit and
-    KeyboardInterrupt, with which asyncio would end the whole process, become RuntimeError.
+    apart: run a plain function in a thread of its own, so that this loop goes on; cancelled, the thread is left behind. SystemExit, with
+    which asyncio would end the whole process, becomes RuntimeError.
     """
-    pid = os.getpid()
-    try:
+    with _contained():
         if inspect.iscoroutinefunction(function):
             return await function(**kwargs)
         if apart:
@@ -42,32 +42,29 @@ async def call(function: Callable[..., Any], kwargs: dict[str, Any], *, apart: b
         else:
             value = _plain(function, kwargs)
         return await value if inspect.isawaitable(value) else value
-    except (SystemExit, KeyboardInterrupt) as error:
-        raise _as_error(error) from error
-    finally:
-        _end_copy(pid)
 
 
 def _plain(function: Callable[..., Any], kwargs: dict[str, Any]) -> Any:
+    with _contained():
+        return function(**kwargs)
+
+
+@contextmanager
+def _contained() -> Iterator[None]:
+    """Around code of the agent's: nothing that ends a process comes out, but for a person's Ctrl-C; nor does a copy made by os.fork: there
+    must not be two of us."""
     pid = os.getpid()
     try:
-        return function(**kwargs)
-    except (SystemExit, KeyboardInterrupt) as error:
-        raise _as_error(error) from error
+        yield
+    except SystemExit as error:
+        raise RuntimeError(f"the agent called sys.exit({error.code})") from error
+    except KeyboardInterrupt as error:
+        if threading.current_thread() is threading.main_thread():
+            raise
+        raise RuntimeError("the agent raised KeyboardInterrupt") from error
     finally:
-        _end_copy(pid)
-
-
-def _as_error(error: BaseException) -> RuntimeError:
-    if isinstance(error, SystemExit):
-        return RuntimeError(f"the agent called sys.exit({error.code})")
-    return RuntimeError("the agent raised KeyboardInterrupt")
-
-
-def _end_copy(pid: int) -> None:
-    """A process that the agent has made with os.fork comes out of the agent, too; there must not be two of us."""
-    if os.getpid() != pid:
-        os._exit(0)
+        if os.getpid() != pid:
+            os._exit(0)
 
 
 async def in_thread(work: Callable[[], Any], stop: Callable[[], None] | None = None) -> Any:

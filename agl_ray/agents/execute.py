@@ -63,7 +63,7 @@ def resources_for(attempt: AttemptedRollout, resources: NamedResources) -> Named
 
 def context_of(
     attempt: AttemptedRollout,
-    timeout_seconds: float,
+    timeout_seconds: float | None,
     resources: NamedResources,
     host: Host = NO_HOST,
 ) -> RolloutContext:
@@ -89,13 +89,13 @@ async def run_agent(
     attempt: AttemptedRollout,
     resources: NamedResources,
     recorder: SpanRecorder,
-    timeout_seconds: float,
+    timeout_seconds: float | None,
     *,
     hooks: Sequence[Hook] = (),
     host: Host = NO_HOST,
     place: Place = Place.INLINE,
 ) -> Outcome:
-    """Run `agent` on the attempt's input for at most `timeout_seconds` and say how it ended; never raises for the agent's faults.
+    """Run `agent` on the attempt's input for at most `timeout_seconds` (None: as long as it takes) and say how it ended; never raises for the agent's faults.
 
     At the deadline a coroutine is cancelled. A plain function cannot be stopped inside its thread, nor a coroutine that ignores its
     cancellation: they are left behind, and the gateway refuses their later calls because the attempt has ended. OK without a reward: it
@@ -140,7 +140,7 @@ async def _work(
 
 
 async def _until(
-    work: Coroutine[Any, Any, Outcome], attempt: AttemptedRollout, seconds: float
+    work: Coroutine[Any, Any, Outcome], attempt: AttemptedRollout, seconds: float | None
 ) -> Outcome:
     """The outcome of `work`, in a task of its own: one that ignores its cancellation must not hold us."""
     threads: list[asyncio.Future[Any]] = []
@@ -159,9 +159,9 @@ async def _until(
     return task.result() if error is None else raised(error, attempt)
 
 
-def overrun(seconds: float, more: str = "") -> Outcome:
+def overrun(seconds: float | None, more: str = "") -> Outcome:
     """The outcome of an agent whose deadline passed."""
-    text = f"the agent ran longer than {seconds:g} s{more}"
+    text = f"the agent ran longer than {seconds or 0:g} s{more}"
     return Outcome(reason=EndReason.TIMEOUT, error=text)
 
 

@@ -1,0 +1,178 @@
+"""An endpoint that watches: model calls of agents go through it to any OpenAI-compatible server, and each is a span of its attempt.
+
+It has the gateway's paths (`/rollout/{id}/attempt/{id}[/role/{name}]/v1/...`) and changes nothing: headers, bodies and streams go through as
+they are. It lives in a thread of its own, so that an agent that stands at a breakpoint holds nobody up. Called by `agl_ray.agents.dev`. Test
+alone: tests/unit/test_agents_dev.py.
+"""
+
+from __future__ import annotations
+
+import asyncio
+import json
+import threading
+import time
+from types import TracebackType
+from typing import Any
+
+from aiohttp import ClientError, ClientSession, ClientTimeout, web
+
+from agl_ray.spans import KIND_CALL
+from agl_ray.tracing import SpanRecorder
+from agl_ray.types import RunError
+
+CONNECT = 10.0  # seconds
+START = 10.0
+# Of one connection only (RFC 9110), or set anew by the next one.
+_OWN = {"host", "connection", "keep-alive", "transfer-encoding", "content-length", "te", "upgrade"}
+_OWN_BACK = {*_OWN, "content-encoding"}
+_PATH = "/rollout/{rollout}/attempt/{attempt}{role:(/role/[^/]+)?}/v1/{path:.*}"
+
+
+class WatchedEndpoint:
+    """Context manager; `url` is what an `LLM` resource takes as its endpoint. base_url: the server's, with its `/v1`."""
+
+    def __init__(self, base_url: str) -> None:
+        self._base = base_url.rstrip("/")
+        self._recorders: dict[tuple[str, str], SpanRecorder] = {}
+        self._loop = asyncio.new_event_loop()
+        self._thread = threading.Thread(target=self._loop.run_forever, daemon=True)
+        self._runner: web.AppRunner | None = None
+        self._client: ClientSession | None = None
+        self.url = ""
+
+    def __enter__(self) -> WatchedEndpoint:
+        self._thread.start()
+        self.url = asyncio.run_coroutine_threadsafe(self._start(), self._loop).result(START)
+        return self
+
+    def __exit__(
+        self,
+        kind: type[BaseException] | None,
+        error: BaseException | None,
+        trace: TracebackType | None,
+    ) -> None:
+        asyncio.run_coroutine_threadsafe(self._stop(), self._loop).result(START)
+        self._loop.call_soon_threadsafe(self._loop.stop)
+        self._thread.join(START)
+        self._loop.close()
+
+    def watch(self, recorder: SpanRecorder) -> None:
+        """Calls of this attempt go into `recorder` from now on; those of an attempt that nobody watches are refused."""
+        self._recorders[recorder.rollout_id, recorder.attempt_id] = recorder
+
+    async def _start(self) -> str:
+        self._client = ClientSession(timeout=ClientTimeout(total=None, connect=CONNECT))
+        app = web.Application(client_max_size=1 << 30)
+        app.router.add_route("*", _PATH, self._answer)
+        self._runner = web.AppRunner(app, shutdown_timeout=1.0)
+        await self._runner.setup()
+        site = web.TCPSite(self._runner, "127.0.0.1", 0)
+        await site.start()
+        host, port = self._runner.addresses[0][:2]
+        return f"http://{host}:{port}"
+
+    async def _stop(self) -> None:
+        if self._runner is not None:
+            await self._runner.cleanup()
+        if self._client is not None:
+            await self._client.close()
+
+    async def _answer(self, request: web.Request) -> web.StreamResponse:
+        match = request.match_info
+        recorder = self._recorders.get((match["rollout"], match["attempt"]))
+        if recorder is None:
+            return _error(404, f"no rollout {match['rollout']} runs here")
+        call = _Call(request, recorder)
+        try:
+            return await self._forward(request, match["path"], call)
+        except (ClientError, TimeoutError) as error:
+            call.end(502)
+            return _error(502, f"{self._base}: {type(error).__name__}: {error}")
+
+    async def _forward(self, request: web.Request, path: str, call: _Call) -> web.StreamResponse:
+        if self._client is None:
+            raise RunError("the endpoint is not started")
+        headers = {k: v for k, v in request.headers.items() if k.lower() not in _OWN}
+        body = await request.read()
+        url = f"{self._base}/{path}"
+        async with self._client.request(
+            request.method, url, params=request.query, data=body or None, headers=headers
+        ) as got:
+            back = {k: v for k, v in got.headers.items() if k.lower() not in _OWN_BACK}
+            if got.content_type != "text/event-stream":
+                content = await got.read()
+                call.read(content)
+                call.end(got.status)
+                return web.Response(body=content, status=got.status, headers=back)
+            answer = web.StreamResponse(status=got.status, headers=back)
+            await answer.prepare(request)
+            async for line in got.content:
+                if line.startswith(b"data:"):
+                    call.read(line[5:])
+                await answer.write(line)
+            call.end(got.status)
+            await answer.write_eof()
+            return answer
+
+
+class _Call:
+    """One call: what is learnt of it from its answer, in any of the dialects, whole or streamed."""
+
+    def __init__(self, request: web.Request, recorder: SpanRecorder) -> None:
+        self._recorder, self._started = recorder, time.time_ns()
+        self._counts = request.method == "POST"
+        self._path = request.match_info["path"]
+        self._role = request.match_info["role"].removeprefix("/role/") or None
+        self._tokens: dict[str, int] = {}
+        self._facts: dict[str, Any] = {}
+
+    def read(self, content: bytes) -> None:
+        """Take up model, usage and finish reason from an answer, or from an event of a stream."""
+        try:
+            said = json.loads(content)
+        except ValueError:  # `[DONE]`, or an answer that is no JSON
+            return
+        if not isinstance(said, dict):
+            return
+        for part in (said, said.get("response"), said.get("message"), said.get("delta")):
+            if isinstance(part, dict):
+                self._take(part)
+        for choice in said.get("choices") or []:
+            if isinstance(choice, dict) and choice.get("finish_reason"):
+                self._facts["finish_reason"] = str(choice["finish_reason"])
+
+    def _take(self, part: dict[str, Any]) -> None:
+        usage = part.get("usage")
+        for name in ("prompt_tokens", "input_tokens"):
+            self._count("prompt_tokens", usage, name)
+        for name in ("completion_tokens", "output_tokens"):
+            self._count("response_tokens", usage, name)
+        if isinstance(part.get("model"), str):
+            self._facts["model"] = part["model"]
+        if isinstance(part.get("stop_reason"), str):
+            self._facts["finish_reason"] = part["stop_reason"]
+
+    def _count(self, column: str, usage: Any, name: str) -> None:
+        if isinstance(usage, dict) and isinstance(usage.get(name), int):
+            self._tokens[column] = usage[name]
+
+    def end(self, status: int) -> None:
+        """Record the call; GETs (the list of models) are none."""
+        if not self._counts or self._recorder.closed:
+            return
+        good = status < 400
+        self._recorder.add(
+            name=self._path,
+            kind=KIND_CALL,
+            start_ns=self._started,
+            end_ns=time.time_ns(),
+            role=self._role,
+            status="OK" if good else "ERROR",
+            status_message=None if good else f"HTTP {status}",
+            **self._tokens,
+            **self._facts,
+        )
+
+
+def _error(status: int, text: str) -> web.Response:
+    return web.json_response({"error": {"message": text, "type": "api_error"}}, status=status)
