@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import asyncio
 import os
+from collections import Counter
 from collections.abc import Callable, Sequence
 from typing import Any
 
@@ -294,6 +295,10 @@ def check_live(live: Live, model: Model, storage: Storage) -> None:
     if latest:
         assert live.latest_resources in resources
     assert live.rollouts_by_status == model.counted("rollout", "status")
+    if live.rollouts_by_mode is not None:
+        of = [*COLUMNS["rollout"]]
+        pairs = [[row.columns[of.index(name)] for name in ("status", "mode")] for row in rollouts]
+        assert live.rollouts_by_mode == Counter((status, mode) for status, mode in pairs)
     assert live.attempts_by_reason == model.counted("attempt", "end_reason")
     assert live.num_resources == len(resources)
     assert live.num_spans == sum(span.number for span in model.spans)

@@ -1,7 +1,7 @@
 """Spans, for a while: how many per second, how late, how many bytes each, and does the store's memory stay where it is?
 
 `sustained` writes small batches as fast as a few writers can (closed loop); `calls` writes whole model calls (8k prompt ids, 1k response
-ids, log-probabilities) and watches the memory of the store's process and the file it writes. Called by `agl_ray.bench.store`.
+ids, log-probabilities) and watches the memory of the store's process. Called by `agl_ray.bench.store`.
 """
 
 from __future__ import annotations
@@ -9,7 +9,6 @@ from __future__ import annotations
 import asyncio
 import random
 import time
-from pathlib import Path
 from typing import Any, NamedTuple
 
 import numpy as np
@@ -42,7 +41,6 @@ class Sustained(NamedTuple):
 
 class Calls(NamedTuple):
     calls_per_s: float
-    bytes_per_call: float  # on disk, the whole file
     rss_mib: float  # of the store's process at the end
     rss_growth_mib: float  # from the end of the warm-up to the end
 
@@ -86,11 +84,10 @@ async def sustained(place: Place, seconds: float) -> Sustained:
     )
 
 
-async def calls(place: Place, file: Path, number: int) -> Calls:
-    """Write `number` calls into a fresh store whose journal is `file`."""
+async def calls(place: Place, number: int) -> Calls:
+    """Write `number` calls into a fresh store."""
     writer = _CallWriter(place.store)
     warm = int(number * WARM_SHARE)
-    before = _size(file)
     begin = time.perf_counter()
     await writer.write(warm)
     rss = memory_mib(place.pid)
@@ -102,7 +99,6 @@ async def calls(place: Place, file: Path, number: int) -> Calls:
         raise RunError(f"the benchmark's store has {counts['spans']} of {number} calls")
     return Calls(
         calls_per_s=number / seconds,
-        bytes_per_call=(_size(file) - before) / number,
         rss_mib=end_rss,
         rss_growth_mib=end_rss - rss,
     )
@@ -161,9 +157,3 @@ class _CallWriter:
     async def _end(self, attempt: AttemptedRollout) -> None:
         key = (attempt.rollout_id, attempt.attempt_id)
         await self.store.end_attempt(*key, EndReason.OK, reward=1.0)
-
-
-def _size(file: Path) -> int:
-    """Bytes of the journal, its write-ahead log included."""
-    parts = (file, file.with_name(file.name + "-wal"))
-    return sum(part.stat().st_size for part in parts if part.exists())

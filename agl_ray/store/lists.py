@@ -20,6 +20,7 @@ from agl_ray.types import (
 )
 
 CREATED = [*COLUMNS["rollout"]].index("created")  # its place among the columns
+COUNTED = {"status", "mode"}
 
 
 class Lists(Reads):
@@ -57,31 +58,52 @@ class Lists(Reads):
         self._check()
         await self._committed(None)
         query = await self._placed(query)
-        status = _status_alone(query)
-        if not query.count or status is None:
+        total = self._counted(query) if query.count else None
+        if total is None:
             return await self._journal.query(query)
         page = await self._journal.query(query._replace(count=False))
-        counts = self.machine.state.rollouts_by_status
-        return Page(page.rows, sum(counts[one] for one in status))
+        return Page(page.rows, total)
+
+    def _counted(self, query: Query) -> int | None:
+        """How many rollouts match, where only status and mode are asked for: those are counted as they change. None: ask the journal."""
+        conditions = (*query.must, *query.where)
+        fields = {one.field for one in conditions if one.is_in is not None}
+        if query.kind != "rollout" or len(fields) < len(conditions) or not fields <= COUNTED:
+            return None
+        if query.any_of and len(query.where) > 1:
+            return None
+        state = self.machine.state
+        wanted = {one.field: set(one.is_in or ()) for one in conditions}
+        status = wanted.get("status", set(RolloutStatus))
+        if "mode" not in wanted:
+            return sum(state.rollouts_by_status[one] for one in status)
+        if state.rollouts_by_mode is None:
+            return None
+        return sum(
+            number
+            for (known, mode), number in state.rollouts_by_mode.items()
+            if known in status and mode in wanted["mode"]
+        )
 
     async def _placed(self, query: Query) -> Query:
         """With the ordinal of the rollout that a page in order of creation is to go on behind: callers know its id only."""
-        if query.order_by != "created" or query.after is None or query.after[0] is not None:
+        if query.order_by != "created":
+            return query
+        if query.after is None:
+            return self._skipped(query)
+        if query.after[0] is not None:
             return query
         rows = await self._journal.rows("rollout", [query.after[1]])
         if not rows:
             raise NotFound(f"rollout {query.after[1]!r}: not in the store, so nothing is behind it")
         return query._replace(after=(rows[0].columns[CREATED], query.after[1]))
 
-
-def _status_alone(query: Query) -> tuple[str, ...] | None:
-    """The statuses asked for, where nothing else is: the store has counted those already."""
-    conditions = (*query.must, *query.where)
-    if query.kind != "rollout" or len(conditions) > 1:
-        return None
-    if not conditions:
-        return tuple(RolloutStatus)
-    (condition,) = conditions
-    if condition.field != "status" or condition.is_in is None:
-        return None
-    return tuple(dict.fromkeys(one for one in condition.is_in if one is not None))
+    def _skipped(self, query: Query) -> Query:
+        """With the offset of a page of all rollouts as a place to go on behind: where none was ever forgotten, the ordinals have no gap."""
+        state = self.machine.state
+        alone = not (query.must or query.where)
+        if not (alone and query.offset) or state.rollouts_by_status.total() < state.last_created:
+            return query
+        # No key is as small as "": going up, the first of the page itself is behind its ordinal with it.
+        place = state.last_created - query.offset if query.descending else query.offset
+        return query._replace(after=(place + 1, ""), offset=0)

@@ -100,6 +100,7 @@ class State:
         self.position = 0
         self.last_created = 0
         self.rollouts_by_status: Counter[str] = Counter()
+        self.rollouts_by_mode: Counter[tuple[str, str | None]] | None = Counter()  # (status, mode)
         self.attempts_by_reason: Counter[str] = Counter()  # ended ones
         self.num_attempts = 0
         self.num_resources = 0
@@ -164,11 +165,11 @@ class State:
         key = rollout.rollout_id
         before = self.rollouts.get(key)
         if before is not None:
-            self.rollouts_by_status[before.status] -= 1
+            self._count(before, -1)
         else:
             self.last_created += 1
             self.tallies[key] = Tally(self.last_created)
-        self.rollouts_by_status[rollout.status] += 1
+        self._count(rollout, 1)
         self.rollouts[key] = rollout
         if not rollout.status.waiting:
             self.queue.pop(key, None)
@@ -238,8 +239,7 @@ class State:
 
     def forget(self, rollout_id: str) -> None:
         """Remove a rollout without open attempts, as if it had never been. The journal is told by the caller."""
-        status = self.rollouts[rollout_id].status
-        self.rollouts_by_status[status] -= 1
+        self._count(self.rollouts[rollout_id], -1)
         tries = self.attempts.get(rollout_id, {})
         for attempt in tries.values():
             self.attempts_by_reason[str(attempt.end_reason)] -= 1
@@ -249,6 +249,11 @@ class State:
         self.span_bytes -= self.tallies[rollout_id].span_bytes
         self.residents.remove(("rollout", rollout_id))
         self._drop_rollout(rollout_id)
+
+    def _count(self, rollout: Rollout, number: int) -> None:
+        self.rollouts_by_status[rollout.status] += number
+        if self.rollouts_by_mode is not None:
+            self.rollouts_by_mode[rollout.status, rollout.mode] += number
 
     def _note(self, kind: str, key: str, change: Change) -> None:
         self.changes[kind, key] = change
@@ -291,6 +296,8 @@ class State:
         self.queue.update(live.waiting)
         self.position, self.last_created = live.last_position, live.last_created
         self.rollouts_by_status.update(live.rollouts_by_status)
+        by_mode = live.rollouts_by_mode
+        self.rollouts_by_mode = None if by_mode is None else Counter(by_mode)
         self.attempts_by_reason.update({k: n for k, n in live.attempts_by_reason.items() if k})
         self.num_attempts = sum(live.attempts_by_reason.values())
         self.num_resources = live.num_resources

@@ -16,7 +16,7 @@ from agl_ray.types import (
     RolloutConfig,
     RolloutStatus,
 )
-from store_catalogue.common import end_ok, key_of, queued, taken
+from store_catalogue.common import Restart, end_ok, key_of, queued, taken
 
 QUEUING, FAILED, SUCCEEDED = (
     RolloutStatus.QUEUING,
@@ -138,6 +138,43 @@ async def cut_into_pages(store: LightningStore) -> None:
     for wrong in ({"limit": -2}, {"offset": -1}):
         with pytest.raises(InputError, match=next(iter(wrong))):
             await _inputs(store, **wrong)
+
+
+async def pages_by_number_when_some_are_forgotten(store: LightningStore) -> None:
+    ids = await queued(store, *range(8))
+    assert await _inputs(store, limit=2, offset=3) == [3, 4]
+    await store.cancel_rollouts([ids[2], ids[7]])
+    await store.forget_rollouts([ids[2]])
+    assert await _inputs(store, limit=2, offset=3) == [4, 5]
+    await store.forget_rollouts([ids[7]])
+    assert await _inputs(store, limit=9, offset=4) == [5, 6]
+    ids += await queued(store, 8)
+    assert await _inputs(store, limit=3, offset=4) == [5, 6, 8]
+
+
+async def mode_and_status_are_counted_as_they_change(
+    store: LightningStore, restart: Restart
+) -> None:
+    ids = [*await queued(store, 0, 1, 2, mode="train"), *await queued(store, 3, mode="val")]
+    await queued(store, 4)
+
+    async def counted(store: LightningStore) -> list[int | None]:
+        asked: list[dict[str, Any]] = [
+            {"mode": "train"},
+            {"mode": "val"},
+            {"mode": "none"},
+            {"mode": "train", "status_in": ["queuing"]},
+            {"mode": "train", "status_in": ["cancelled", "running"]},
+        ]
+        return [(await store.query_rollouts(limit=1, **one)).total for one in asked]
+
+    assert await counted(store) == [3, 1, 0, 3, 0]
+    await store.cancel_rollouts([ids[0], ids[3]])
+    await store.update_rollout(ids[1], mode="val")
+    assert await counted(store) == [2, 2, 0, 1, 1]
+    await store.forget_rollouts([ids[0]])
+    assert await counted(store) == [1, 2, 0, 1, 0]
+    assert await counted(await restart()) == [1, 2, 0, 1, 0]
 
 
 async def rollouts_carry_their_latest_attempt(store: LightningStore) -> None:

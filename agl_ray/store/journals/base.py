@@ -133,6 +133,9 @@ class Live(NamedTuple):
     workers: list[Row] = []
     latest_resources: Row | None = None
     rollouts_by_status: dict[str, int] = {}
+    rollouts_by_mode: dict[tuple[str, str | None], int] | None = (
+        None  # (status, mode); None: not known
+    )
     attempts_by_reason: dict[str, int] = {}  # key "" : open ones
     num_resources: int = 0
     num_spans: int = 0

@@ -48,7 +48,7 @@ class MemoryJournal:
         rollouts, attempts = self._rows["rollout"].values(), self._rows["attempt"].values()
         resources = self._rows["resources"].values()
         status, created = getter("rollout", "status"), getter("rollout", "created")
-        reason = getter("attempt", "end_reason")
+        mode, reason = getter("rollout", "mode"), getter("attempt", "end_reason")
         spans = [span for of in self._spans.values() for many in of.values() for span in many]
         open_attempts = sorted(row for row in attempts if reason(row) is None)
         is_open = {(row.columns[0], row.columns[1]) for row in open_attempts}
@@ -67,6 +67,7 @@ class MemoryJournal:
             workers=list(self._rows["worker"].values()),
             latest_resources=max(resources, key=lambda row: row.position, default=None),
             rollouts_by_status=dict(Counter(status(row) for row in rollouts)),
+            rollouts_by_mode=dict(Counter((status(row), mode(row)) for row in rollouts)),
             attempts_by_reason=dict(Counter(reason(row) or "" for row in attempts)),
             num_resources=len(resources),
             num_spans=sum(span.number for span in spans),

@@ -5,6 +5,7 @@ Who calls it: `agl_ray.store.journals.postgres.PostgresJournal.open`. Test alone
 
 from __future__ import annotations
 
+from collections import Counter
 from typing import Any
 
 import sqlalchemy as sa
@@ -45,6 +46,11 @@ async def read_live(connection: AsyncConnection, run_id: str) -> Live:
     workers = records("worker").where(WORKER.c.run_id == run_id).order_by(WORKER.c.key)
     positions = [await one(_highest(table.c.position, run_id)) for table in (ROLLOUT, RESOURCES)]
     reasons = await many(_counts(ATTEMPT.c.end_reason, run_id))
+    kinds = await many(_by_mode(run_id))
+    by_mode = {(row[0], row[1]): row[2] for row in kinds}
+    by_status: Counter[str] = Counter()
+    for row in kinds:
+        by_status[row[0]] += row[2]
     return Live(
         waiting=[(row.key, row.position) for row in await many(_waiting(run_id))],
         open_attempts=[
@@ -56,9 +62,8 @@ async def read_live(connection: AsyncConnection, run_id: str) -> Live:
         ],
         workers=[row_of("worker", row) for row in await many(workers)],
         latest_resources=row_of("resources", latest[0]) if latest else None,
-        rollouts_by_status={
-            row[0]: row[1] for row in await many(_counts(ROLLOUT.c.status, run_id))
-        },
+        rollouts_by_status=dict(by_status),
+        rollouts_by_mode=by_mode,
         attempts_by_reason={row[0] or "": row[1] for row in reasons},
         num_resources=(await one(_number(RESOURCES, run_id)))[0],
         num_spans=spans[0],
@@ -95,6 +100,12 @@ def _counts(column: sa.Column[Any], run_id: str) -> sa.Select[Any]:
     return (
         sa.select(column, sa.func.count()).where(column.table.c.run_id == run_id).group_by(column)
     )
+
+
+def _by_mode(run_id: str) -> sa.Select[Any]:
+    columns = (ROLLOUT.c.status, ROLLOUT.c.mode)
+    select = sa.select(*columns, sa.func.count()).where(ROLLOUT.c.run_id == run_id)
+    return select.group_by(*columns)
 
 
 def _highest(column: sa.Column[Any], run_id: str) -> sa.Select[Any]:

@@ -6,6 +6,7 @@ Who calls it: `journals.sqlite`. Test alone: tests/unit/test_store_journal_contr
 from __future__ import annotations
 
 import sqlite3
+from collections import Counter
 from collections.abc import Iterable, Iterator
 from typing import Any
 
@@ -34,6 +35,15 @@ def read_live(connection: sqlite3.Connection, starts: int) -> Live:
     attempts = f"SELECT {fields('attempt')} FROM attempt WHERE end_reason IS NULL ORDER BY key"
     num_spans, span_bytes = one("SELECT SUM(count), SUM(size) FROM spans")
     open_attempts = list(records(connection, "attempt", attempts))
+    by_mode = {
+        (status, mode): number
+        for status, mode, number in connection.execute(
+            "SELECT status, mode, COUNT(*) FROM rollout GROUP BY status, mode"
+        )
+    }
+    by_status: Counter[str] = Counter()
+    for (status, _), number in by_mode.items():
+        by_status[status] += number
     return Live(
         starts=starts,
         waiting=pairs("SELECT key, position FROM rollout WHERE position > 0 ORDER BY position"),
@@ -48,7 +58,8 @@ def read_live(connection: sqlite3.Connection, starts: int) -> Live:
         ],
         workers=list(records(connection, "worker", f"SELECT {fields('worker')} FROM worker")),
         latest_resources=next(records(connection, "resources", latest), None),
-        rollouts_by_status=dict(pairs("SELECT status, COUNT(*) FROM rollout GROUP BY status")),
+        rollouts_by_status=dict(by_status),
+        rollouts_by_mode=by_mode,
         attempts_by_reason=dict(
             pairs("SELECT ifnull(end_reason, '') AS reason, COUNT(*) FROM attempt GROUP BY reason")
         ),
