@@ -27,7 +27,7 @@ class CreditConfig(Section):
     nowhere (rewards of parts only)."""
     weights: dict[str, float] = {}
     """Dimension of reward -> its weight in the sum; others do not count. `primary` is the rollout's reward. A rollout that lacks a dimension which
-    others of its batch were given is left out, and counted. Empty: the rollout's reward as it is, and rewards of parts with weight 1."""
+    others of its batch were given is left out, and counted. Empty: the rollout's reward as it is, and the primary one of each reward of a part."""
 
     @model_validator(mode="after")
     def _fits_together(self) -> CreditConfig:

@@ -122,13 +122,16 @@ def _only_of_units(rows: Rows, units: Units) -> tuple[Rows, float]:
 
 
 def _signal(advantages_U: Array, units: Units, rows: int) -> dict[str, float]:
-    """How many groups, of rows of the data and of units, have no advantage but 0."""
+    """How many groups, of rows of the data and of units, have no advantage but 0; and how advantages are spread over the units."""
     there = advantages_U != 0
     of_rows = np.bincount(units.row, weights=there, minlength=rows)
     of_units = np.bincount(units.group, weights=there)
     return {
         "zero_signal_groups": float((of_rows == 0).sum()),
         "zero_signal_unit_groups": float((of_units == 0).sum()),
+        "advantage_mean": float(advantages_U.mean()) if len(there) else 0.0,
+        "advantage_std": float(advantages_U.std()) if len(there) else 0.0,
+        "advantage_max": float(abs(advantages_U).max(initial=0.0)),
     }
 
 

@@ -39,7 +39,8 @@ _constrained, _frozen, _unrewarded, _overlong), tokens_merged (context tokens th
 rows_dropped_overlong, rows_dropped_empty, groups, zero_signal_groups (no unit of them has an advantage but 0), units (of credit),
 unit_groups, zero_signal_unit_groups, rollouts, rollouts_without_calls, rollouts_without_reward (a dimension that counts is missing),
 rewards_of_parts, rewards_unplaced (of parts without a call), calls, calls_failed, calls_greedy, calls_constrained, calls_frozen, branches, retokenized_tokens
-(of all calls).
+(of all calls). reward_of.DIMENSION: mean over the rollouts that have it; reward_role.ROLE: mean over the units of a role (credit.unit call,
+role). advantage_mean, advantage_std, advantage_max (of the absolute ones): over all units.
 Seconds: seconds_read (spans from the store), seconds_layout (rows, packing), seconds_old_logprobs, seconds_forward_backward, seconds_optimizer,
 seconds_train (the last three and the rest of `train`).
 """

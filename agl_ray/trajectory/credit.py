@@ -2,7 +2,7 @@
 
     R(u) = outcome of its rollout, where `credit.outcome` puts it, + every reward of a part that has a call in u
 
-each the weighted sum over the dimensions of `credit.weights`. An algorithm makes an advantage of R and of the groups; every token has
+each the weighted sum over the dimensions of `credit.weights` (without weights, of each span the primary one). An algorithm makes an advantage of R and of the groups; every token has
 the advantage of the unit that its call belongs to, however calls were cut into rows. Units are made of all attempts of the batch,
 before anything is dropped. Called by learner/prepare.py. Test it alone with tests/unit/test_trajectory_credit.py.
 Legend: U units, C calls, M attempts.
@@ -10,7 +10,8 @@ Legend: U units, C calls, M attempts.
 
 from __future__ import annotations
 
-from collections.abc import Callable, Hashable, Iterator, Mapping, Sequence
+from collections import defaultdict
+from collections.abc import Callable, Hashable, Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import NamedTuple
@@ -23,7 +24,7 @@ from agl_ray.config.imports import load_object
 from agl_ray.trajectory.batch import TrainBatch
 from agl_ray.trajectory.calls import Calls, Use
 from agl_ray.trajectory.ragged import Array
-from agl_ray.trajectory.rewards import PRIMARY, Rewards, read_rewards
+from agl_ray.trajectory.rewards import PRIMARY, PartReward, Rewards, read_rewards
 from agl_ray.types.errors import InputError, RunError
 
 NOT_THE_POLICYS = (Use.FAILED, Use.FROZEN)
@@ -83,7 +84,7 @@ class Credit:
         self._give_outcome(reward, outcome, member, of_call, calls)
         unit_of = of_call.tolist()
         for part in rewards.parts:
-            worth = self._weight(part.dimension) * part.value
+            worth = self._weight(part) * part.value
             for unit in {unit_of[one] for one in part.calls} - {-1}:
                 reward[unit] += worth
         row = np.repeat(np.arange(len(batch.groups)), [len(g.members) for g in batch.groups])
@@ -98,13 +99,21 @@ class Credit:
             "rewards_of_parts": float(len(rewards.parts)),
             "rewards_unplaced": float(rewards.unplaced),
             "rollouts_without_reward": float((~there).sum()),
+            **_means("reward_of", ((name, r) for own in rewards.own for name, r in own.items())),
+            **_means("reward_role", self._by_role(role, reward)),
         }
         return Units(
             reward, group, member, row[member], role, units_of.turns(), tokens, units_of.states(), of_call, counts
         )  # fmt: skip
 
-    def _weight(self, dimension: str) -> float:
-        return self.config.weights.get(dimension, 0.0) if self.config.weights else 1.0
+    def _by_role(self, role: Sequence[str | None], reward: Array) -> Iterable[tuple[str, float]]:
+        if self.config.unit == "rollout":
+            return ()
+        return zip((name or "none" for name in role), reward.tolist(), strict=True)
+
+    def _weight(self, part: PartReward) -> float:
+        weights = self.config.weights
+        return weights.get(part.dimension, 0.0) if weights else float(part.primary)
 
     def _outcomes(self, rewards: Rewards, batch: TrainBatch) -> tuple[Array, Array]:
         """Each attempt's own reward, float64 [M]; bool [M], whether it has what others have of the dimensions that count."""
@@ -173,6 +182,14 @@ def _numbers(keys: Sequence[Hashable]) -> tuple[Array, Array]:
     numbers: dict[Hashable, int] = {}
     found = np.array([numbers.setdefault(key, len(numbers)) for key in keys], np.int64)
     return found, np.unique(found, return_index=True)[1].astype(np.int64)
+
+
+def _means(prefix: str, values: Iterable[tuple[str, float]]) -> dict[str, float]:
+    """`PREFIX.NAME`: the mean of the values of this name."""
+    found: defaultdict[str, list[float]] = defaultdict(list)
+    for name, value in values:
+        found[name].append(value)
+    return {f"{prefix}.{name}": float(np.mean(each)) for name, each in found.items()}
 
 
 class _Sides(NamedTuple):

@@ -8,6 +8,7 @@ Called by trajectory/credit.py. Python loops run over rewards. Test it alone wit
 from __future__ import annotations
 
 import json
+import math
 from collections import defaultdict
 from collections.abc import Iterable, Sequence
 from typing import NamedTuple
@@ -26,10 +27,12 @@ _FURTHER = r"^agentlightning\.reward\.[1-9][0-9]*\.(name|value)$"
 
 
 class PartReward(NamedTuple):
-    """A reward of a part of a rollout. calls: indices of the part's calls, one or more."""
+    """A reward of a part of a rollout. primary: it is the first of its span, the one in the columns. calls: indices of the part's calls, one
+    or more."""
 
     dimension: str
     value: float
+    primary: bool
     calls: list[int]
 
 
@@ -43,7 +46,8 @@ class Rewards(NamedTuple):
 
 
 def read_rewards(spans: pa.Table, calls: Calls) -> Rewards:
-    """The rewards of the attempts of `calls`, in the order of the spans. RunError names an attempt that was not asked for."""
+    """The rewards of the attempts of `calls`, in the order of the spans. RunError names an attempt that was not asked for, or whose
+    reward is no finite number."""
     wanted = ["rollout_id", "attempt_id", "reward", "reward_dimension", "reward_target"]
     here = pc.equal(spans["kind"], KIND_REWARD)
     columns = spans.select(wanted).combine_chunks().filter(here).to_pydict()
@@ -61,14 +65,19 @@ def read_rewards(spans: pa.Table, calls: Calls) -> Rewards:
                 f"the spans read for a training step hold a reward of attempt {attempt} of rollout {rollout}, which was not asked for"
             )
         member = order[rollout, attempt]
-        given = further.get(number, {})
-        if value is not None:
-            given |= {dimension or PRIMARY: value}
+        first = dimension or PRIMARY
+        given = {**further.get(number, {}), **({} if value is None else {first: value})}
+        if not all(map(math.isfinite, given.values())):
+            raise RunError(
+                f"attempt {attempt} of rollout {rollout}: expected rewards that are finite numbers, got {given}"
+            )
         found = None if target is None else places.of(member, target)
         if found is None:
             own[member].update(given)
         elif found:
-            parts.extend(PartReward(name, amount, found) for name, amount in given.items())
+            parts.extend(
+                PartReward(name, amount, name == first, found) for name, amount in given.items()
+            )
         else:
             unplaced += len(given)
     return Rewards(own, parts, unplaced)

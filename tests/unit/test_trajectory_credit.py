@@ -70,7 +70,8 @@ def random_spans(seed: int) -> tuple[Spans, TrainBatch]:
             for number in range(int(rng.integers(0, 6))):
                 target, dimension = str(rng.choice(targets)), str(rng.choice(DIMENSIONS))
                 value = float(rng.normal())
-                spans.append(reward(f"p{number}", value, attempt, target, dimension))
+                more = {"more": float(rng.normal())} if rng.random() < 0.5 else {}
+                spans.append(reward(f"p{number}", value, attempt, target, dimension, **more))
         plans.append(GroupPlan(group_id=f"g{group}", members=tuple(members)))
     return spans, TrainBatch(step=1, groups=tuple(plans))
 
@@ -128,13 +129,17 @@ def by_hand(
             else:
                 parts += [(span["reward_target"], name, value) for name, value in given.items()]
         weights = config.weights
-        outcome = sum(weights[name] * own[name] for name in weights) if weights else member.reward
+        outcome = (
+            sum(weights[name] * own.get(name, 0.0) for name in weights)
+            if weights
+            else member.reward
+        )
         for unit in every:
             rewards[unit] += outcome if config.outcome == "broadcast" else 0.0
         if config.outcome == "last" and units:
             rewards[units[[c["span_id"] for c in calls if c["span_id"] in units][-1]]] += outcome
         for target, name, value in parts:
-            weight = weights.get(name, 0.0) if weights else 1.0
+            weight = weights.get(name, 0.0) if weights else float(name != "more")
             hit = {
                 units[c["span_id"]]
                 for i, c in enumerate(calls)
@@ -166,7 +171,7 @@ CASES = [
     {"outcome": "none"},
     {"unit": "call"},
     {"unit": "call", "outcome": "last", "group": "row+role"},
-    {"unit": "call", "weights": {"format": 2.0}},
+    {"unit": "call", "weights": {"format": 2.0, "more": -1.0}},
     {"unit": "role", "group": "row+role"},
     {"unit": "role", "outcome": "none", "weights": {"speed": 1.0, "primary": 3.0}},
     {"unit": "role", "outcome": "last"},
@@ -299,6 +304,7 @@ def test_a_rollout_that_lacks_a_dimension_is_left_out_and_its_tokens_are_counted
     units = units_of(spans, two_rollouts(), config)
     assert (units.reward.tolist(), units.member.tolist()) == ([1.5], [0])
     assert units.counts["rollouts_without_reward"] == 1
+    assert units.counts["reward_of.format"] == 0.5
     (payload,) = lay_out(
         table(spans), two_rollouts(), make_algorithm(AlgorithmConfig(advantage="reward")), LearnerConfig(),
         world_size=1, seed=0, credit=Credit(config),
@@ -317,6 +323,13 @@ def test_dimensions_of_parts_need_not_be_in_every_rollout() -> None:
     ]
     config = CreditConfig(weights={"primary": 1.0, "format": 0.5})
     assert units_of(spans, two_rollouts(), config).reward.tolist() == [1.0, -0.5]
+
+
+@pytest.mark.parametrize("target", [None, "a"])
+def test_a_reward_that_is_no_number_is_named(target: str | None) -> None:
+    spans = [call("a", [1], [2], attempt=ONE), reward("r", math.nan, ONE, target)]
+    with pytest.raises(RunError, match="attempt at-1 of rollout ro-1: expected rewards that are"):
+        units_of(spans, two_rollouts(), CreditConfig())
 
 
 def test_weights_that_no_reward_has_are_an_error() -> None:
@@ -358,6 +371,9 @@ def test_groups_without_signal_are_counted_by_row_and_by_unit() -> None:
     assert (stats["groups"], stats["zero_signal_groups"]) == (1, 0)
     assert (stats["unit_groups"], stats["zero_signal_unit_groups"]) == (2, 1)
     assert stats["rows"] == 2  # those of role y have nothing to learn from
+    assert (stats["reward_role.x"], stats["reward_role.y"]) == (1.0, 0.5)
+    spread = (stats["advantage_mean"], stats["advantage_std"], stats["advantage_max"])
+    assert spread == pytest.approx((0.0, math.sqrt(0.125), 0.5))
 
 
 def test_what_agents_emit_reaches_the_units() -> None:
@@ -378,11 +394,11 @@ def test_what_agents_emit_reaches_the_units() -> None:
     members = (Member(rollout_id="ro-1", attempt_id="at-1", reward=1.0),)
     batch = TrainBatch(step=1, groups=(GroupPlan(group_id="g", members=members),))
     units = units_of(spans, batch, CreditConfig(unit="call"))
-    assert units.reward.tolist() == [1 + 10 + 40, 1 + 20 + 80 + 160, 1 + 20 + 40 + 160]
+    assert units.reward.tolist() == [1 + 10 + 40, 1 + 20 + 80, 1 + 20 + 40]
     weights = {"right": 2.0, "short": 4.0}
     units = units_of(spans, batch, CreditConfig(unit="call", weights=weights))
     assert units.reward.tolist() == [3.0, 3 + 4 * 160, 3 + 4 * 160]
-    assert units_of(spans, batch, CreditConfig()).reward.tolist() == [1 + 10 + 20 + 40 + 80 + 160]
+    assert units_of(spans, batch, CreditConfig()).reward.tolist() == [1 + 10 + 20 + 40 + 80]
 
 
 @pytest.mark.parametrize(
