@@ -162,9 +162,9 @@ class LitAgent(Generic[T]):
         self, attempt: AttemptedRollout, resources: NamedResources, ctx: RolloutContext
     ) -> tuple[Callable[..., Any], dict[str, Any]]:
         """The function that runs this attempt, and its arguments by name."""
-        rollout = attempt.rollout
-        method = self.method_for(rollout.mode)
-        values = {"task": rollout.input, "resources": resources, "rollout": rollout}
+        # As in agent-lightning: what the agent gets as its rollout knows its attempt, too.
+        method = self.method_for(attempt.rollout.mode)
+        values = {"task": attempt.rollout.input, "resources": resources, "rollout": attempt}
         if "ctx" in inspect.signature(method).parameters:
             values["ctx"] = ctx
         return method, values
@@ -196,7 +196,7 @@ class FunctionAgent(LitAgent[Any]):
             "llm": lambda: _only(resources, LLM, "llm"),
             "prompt_template": lambda: _only(resources, PromptTemplate, "prompt_template"),
             "resources": lambda: resources,
-            "rollout": lambda: attempt.rollout,
+            "rollout": lambda: attempt,
             "ctx": lambda: ctx,
         }
         first, *others = self.parameters
