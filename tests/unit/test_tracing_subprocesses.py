@@ -8,11 +8,13 @@ import os
 import subprocess
 import sys
 from collections.abc import Iterator
+from typing import Any
 
 import pytest
 from http_store import served
 
 import agl_ray as agl
+from agl_ray.agents import run_agent
 from agl_ray.tracing import SpanRecorder, child_variables, recording, subprocesses
 from agl_ray.types import EndReason
 
@@ -87,26 +89,28 @@ def test_every_way_to_start_a_program_tells_it() -> None:
     assert json.loads(subprocess.check_output(command, text=True)) == {}
 
 
-def test_a_program_with_the_standard_exporter_sends_its_spans_to_its_attempt() -> None:
+def test_a_program_with_the_standard_exporter_sends_its_spans_to_its_attempt(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    """Started by an agent's own code, and as the agent itself."""
+    monkeypatch.setenv("AGL_STORE_API_KEY", "secret")
+    command = [sys.executable, "-c", SENDS + "print('{\"reward\": 0.5}')"]
+
+    @agl.rollout
+    def starts_one(task: Any) -> float:
+        return float(json.loads(subprocess.check_output(command, text=True))["reward"])
+
     with served(api_key="secret") as store:
         client = store.client("secret")
 
-        async def scenario() -> None:
+        async def scenario(agent: Any) -> None:
             begun = await client.start_rollout({})
             key = begun.rollout_id, begun.attempt_id
             recorder = SpanRecorder(*key, otlp_endpoint=client.otlp_traces_endpoint())
-            with recording(recorder):
-                environment = {**os.environ, "AGL_STORE_API_KEY": "secret"}
-                await asyncio.to_thread(
-                    subprocess.run,
-                    [sys.executable, "-c", SENDS],
-                    env=environment,
-                    check=True,
-                    timeout=60,
-                )
+            outcome = await run_agent(agent, begun, {}, recorder, 60.0)
+            assert (outcome.reason, outcome.reward) == (EndReason.OK, 0.5)
             (row,) = await client.query_span_rows(*key)
             assert row["name"] == "in the child"
-            ended = await client.end_attempt(*key, EndReason.OK, reward=1.0, expected_spans=1)
-            assert ended.end_reason is EndReason.OK
 
-        asyncio.run(scenario())
+        asyncio.run(scenario(starts_one))
+        asyncio.run(scenario(agl.CommandAgent(command)))
