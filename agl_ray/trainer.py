@@ -21,6 +21,7 @@ from agl_ray.algorithms.algorithm import make_algorithm
 from agl_ray.config import RunConfig
 from agl_ray.config.load import resolved_json
 from agl_ray.config.model_folder import cached_model, check_model_folder
+from agl_ray.config.roles import located_roles
 from agl_ray.config.rows import load_rows
 from agl_ray.config.store_address import VARIABLE as DATABASE_URL
 from agl_ray.ops.display import Display, make_display
@@ -92,9 +93,8 @@ class Trainer:
         held_out = self.rows("data.val", self.config.data.val) if val is None else val
         if self.config.model.path is not None:
             check_model_folder(Path(self.config.model.path))
-        for name, role in self.config.roles.items():
-            if role.kind == "frozen" and role.model is not None:
-                check_model_folder(Path(role.model), f"roles.{name}.model")
+        roles = located_roles(self.config.roles, self.base)
+        self.config = self.config.model_copy(update={"roles": roles})
         self.config = _located(self.config)
         folder = Path(resume).resolve() if resume else make_run_folder(self.config, self.base)
         (folder / "config.json").write_text(resolved_json(self.config))
@@ -258,15 +258,7 @@ def _await_restart(controller: ActorHandle) -> None:
 
 
 def _located(config: RunConfig) -> RunConfig:
-    """The configuration with the store's URL that the environment names, so that the run folder tells where the store is, and with the
-    folders of frozen roles as they are found from anywhere."""
-    roles = {
-        name: role.model_copy(update={"model": str(Path(role.model).resolve())})
-        if role.kind == "frozen" and role.model is not None
-        else role
-        for name, role in config.roles.items()
-    }
-    config = config.model_copy(update={"roles": roles})
+    """The configuration with the store's URL that the environment names, so that the run folder tells where the store is."""
     variable = os.environ.get(DATABASE_URL)
     if config.store.url is not None or not variable:
         return config

@@ -63,7 +63,7 @@ def show(finding: Finding) -> None:
 
 
 def config_findings(config: RunConfig, base: Path) -> Iterator[Finding]:
-    """What the configuration names: cluster, model, data, agent, judge. Each failure is that part's own paragraph."""
+    """What the configuration names: cluster, model, data, agent, judge, roles. Each failure is that part's own paragraph."""
     yield attempt("cluster", lambda: _cluster(config))
     yield attempt("model", lambda: _model(config, base))
     for key, source in (("data.train", config.data.train), ("data.val", config.data.val)):
@@ -71,6 +71,8 @@ def config_findings(config: RunConfig, base: Path) -> Iterator[Finding]:
     yield attempt("agent", lambda: _agent(config, base))
     if config.judge.on:
         yield attempt("judge", lambda: _judge(config, base))
+    if config.roles:
+        yield attempt("roles", lambda: _roles(config, base))
 
 
 def attempt(name: str, work: Callable[[], str]) -> Finding:
@@ -104,6 +106,14 @@ def _model(config: RunConfig, base: Path) -> str:
     path = find(config.model.path, base) or Path(config.model.path)
     check_model_folder(path)
     return str(path)
+
+
+def _roles(config: RunConfig, base: Path) -> str:
+    from agl_ray.config.roles import endpoint_keys, located_roles
+
+    located_roles(config.roles, base)
+    endpoint_keys(config.roles)
+    return ", ".join(f"{name}: {role.kind}" for name, role in config.roles.items())
 
 
 def _rows(config: RunConfig, source: str, base: Path) -> str:

@@ -7,11 +7,14 @@ engine and is trained. Test alone: tests/unit/test_config_roles.py.
 from __future__ import annotations
 
 import os
+from pathlib import Path
 from typing import Annotated, Any, Literal
 from urllib.parse import urlsplit
 
 from pydantic import Field, model_validator
 
+from agl_ray.config.model_folder import check_model_folder
+from agl_ray.config.paths import find
 from agl_ray.config.section import Positive, PositiveFloat, Section
 from agl_ray.types.errors import ConfigError
 
@@ -84,6 +87,19 @@ _ACTS_WITH: dict[str, tuple[str, ...]] = {
 def role_models(roles: dict[str, RoleConfig]) -> dict[str, str | None]:
     """Role -> the model name that its calls ask for; None: that of the run's own engine."""
     return {name: role.model if role.kind == "endpoint" else None for name, role in roles.items()}
+
+
+def located_roles(roles: dict[str, RoleConfig], base: Path) -> dict[str, RoleConfig]:
+    """The roles with the folders of frozen ones as they are found from anywhere; InputError names the role whose folder is no model folder.
+    base: folder of the configuration file."""
+    located = {}
+    for name, role in roles.items():
+        if role.kind == "frozen" and role.model is not None:
+            folder = find(role.model, base) or Path(role.model)
+            check_model_folder(folder, f"roles.{name}.model")
+            role = role.model_copy(update={"model": str(folder)})
+        located[name] = role
+    return located
 
 
 def endpoint_keys(roles: dict[str, RoleConfig]) -> dict[str, str]:

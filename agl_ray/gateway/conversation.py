@@ -21,23 +21,22 @@ def conversation(spans: Iterable[Mapping[str, Any]]) -> list[dict[str, Any]]:
     are passed over. An agent that opened several conversations shows the one it ended with.
     """
     messages: list[dict[str, Any]] = []
-    conversations: dict[
-        str | None, list[dict[str, Any]]
-    ] = {}  # call id -> up to and with its answer
+    conversations: dict[str | None, list[dict[str, Any]]] = {}  # by call id, its answer included
     for span in spans:
         if span["kind"] != KIND_CALL:
             continue
-        attributes = {key: _value(value) for key, value in dict(span["attributes"]).items()}
-        request, response = attributes["request"], attributes["response"]
+        attributes = dict(span["attributes"])
+        request, response = _value(attributes["request"]), _value(attributes["response"])
         before = conversations.get(span["parent_call"], [])
         if request["messages"]:
             messages = [*before[: request["messages_from"]], *request["messages"], response]
         else:
-            given = {"role": "prompt", "content": attributes["agl.session"]["rest"]}
+            given = {"role": "prompt", "content": _value(attributes["agl.session"])["rest"]}
             messages = [*before, given, response]
         conversations[span["span_id"]] = messages
     return messages
 
 
 def _value(value: Any) -> Any:
+    """A JSON object or list: text in Arrow; some readers hand it out decoded."""
     return json.loads(value) if isinstance(value, str | bytes) else value

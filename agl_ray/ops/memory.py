@@ -21,7 +21,8 @@ def needed_gib(config: RunConfig | None) -> float:
     """GiB that a local run of `config` needs besides the model's own size; None: a run with default numbers."""
     replicas, ranks, runners, cache, objects = 1, 1, 1, 0.25, 0.25
     if config is not None:
-        replicas, ranks = config.engine.replicas, config.learner.world_size
+        frozen = sum(role.replicas for role in config.roles.values() if role.kind == "frozen")
+        replicas, ranks = config.engine.replicas + frozen, config.learner.world_size
         runners, cache = config.runners.num_runners, config.engine.kv_cache_gib
         objects = config.cluster.object_store_mib / 1024
     engines = replicas * (ENGINE_GIB + cache)

@@ -91,3 +91,18 @@ def judge_of_rows(task: dict[str, Any], reward: float | None) -> agl.Verdict:
         os.kill(os.getpid(), 9)
     assert reward is None
     return agl.Verdict(reward=task["score"], dimensions={"style": 0.5}, comment="fine")
+
+
+@agl.rollout
+async def three_roles(task: dict[str, Any], ctx: agl.RolloutContext) -> float:
+    """Asks a planner, a critic and a judge; the reward is the parity of the planner's answer."""
+    from openai import AsyncOpenAI
+
+    said = {}
+    for role in ("planner", "critic", "judge"):
+        llm = ctx.llm(role)
+        async with AsyncOpenAI(base_url=llm.endpoint, api_key=llm.api_key) as client:
+            messages: list[Any] = [{"role": "user", "content": task["question"]}]
+            found = await client.chat.completions.create(model=llm.model, messages=messages)
+        said[role] = found.choices[0].message.content or ""
+    return float(sum(said["planner"].encode()) % 2)

@@ -41,6 +41,8 @@ def test_all_well(folder: Path, capsys: pytest.CaptureFixture[str]) -> None:
     endpoint = "judge={model: m, base_url: 'http://h/v1'}"
     assert main(["check", "small.yaml", endpoint]) == 0
     assert "m at http://h/v1" in capsys.readouterr().out
+    assert main(["check", "small.yaml", "roles={a: train, b: {kind: frozen, model: model}}"]) == 0
+    assert "a: train, b: frozen" in capsys.readouterr().out
 
 
 @pytest.mark.parametrize(
@@ -53,6 +55,7 @@ def test_all_well(folder: Path, capsys: pytest.CaptureFixture[str]) -> None:
         (["cluster.address=127.0.0.1:1"], ["cluster", "no Ray answers at 127.0.0.1:1"]),
         (["model={make: 'agent.py:make'}"], ["model", "has no 'make'"]),
         (["judge={function: 'agent.py:calculator'}"], ["judge", "for its parameter 'llm'"]),
+        (["roles={old: {kind: frozen, model: runs/x}}"], ["roles.old.model: there is no folder"]),
     ],
 )
 def test_what_must_be_mended(

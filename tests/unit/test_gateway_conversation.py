@@ -40,6 +40,15 @@ def test_roles_that_talk_in_turns_are_kept_apart() -> None:
     assert conversation(spans) == ["plan", "1", "go on", "2"]
 
 
+def test_attributes_may_come_decoded() -> None:
+    one = call(0, ["question"], '"answer"')
+    decoded = {key: json.loads(value) for key, value in one["attributes"].items()}
+    assert conversation([{**one, "attributes": {**decoded, "agl.role_kind": "frozen"}}]) == [
+        "question",
+        "answer",
+    ]
+
+
 def test_no_calls_is_an_empty_conversation() -> None:
     assert conversation([{"kind": "span", "attributes": None}]) == []
 

@@ -15,11 +15,14 @@ from gateway_desk import Desk
 from gateway_fakes import TOOL, save_model_folder
 
 from agl_ray.gateway import upstream
+from agl_ray.gateway.attempts import CallPath
+from agl_ray.gateway.canonical import CallRequest
 from agl_ray.gateway.render import Renderer
 from agl_ray.gateway.roles import OutsideRole
 from agl_ray.gateway.upstream import Upstream, UpstreamSettings
 from agl_ray.gateway.upstream_anthropic import AnthropicApi
 from agl_ray.gateway.upstream_openai import OpenAIApi
+from agl_ray.types import WaitTimeout
 
 CHAT, MESSAGES = "role/judge/v1/chat/completions", "role/judge/v1/messages"
 ASKED = {"model": "far", "messages": [{"role": "user", "content": "good?"}]}
@@ -119,8 +122,6 @@ def test_an_answer_streams_token_by_token(renderer: Renderer) -> None:
         one = desk(renderer, server)
 
         async def read() -> list[str]:
-            from agl_ray.gateway.attempts import CallPath
-            from agl_ray.gateway.canonical import CallRequest
 
             request = CallRequest(model="far", messages=ASKED["messages"], stream=True)
             seen = []
@@ -229,7 +230,6 @@ def test_a_failure_is_engine_error(renderer: Renderer, kind: str) -> None:
 
 
 def _path() -> Any:
-    from agl_ray.gateway.attempts import CallPath
 
     return CallPath("ro-1", "at-1")
 
@@ -262,44 +262,49 @@ def test_a_busy_endpoint_is_asked_again_as_it_says_and_a_refusal_is_the_callers(
     assert len(one.rows) == 1  # it was the caller's mistake: no engine error
 
 
-def test_limits_hold_and_a_wait_past_the_deadline_is_named(renderer: Renderer) -> None:
-    def slowly(body: dict[str, Any]) -> Any:
-        threading.Event().wait(0.1)
-        return chat("yes")
+def ask_many(server: Endpoint, number: int, **limits: Any) -> float:
+    """Seconds of so many calls at once."""
 
-    with endpoint(slowly) as server:
-        settings = UpstreamSettings(
-            role="judge", base_url=server.url, model="far", concurrency=2, requests_per_minute=1200
-        )
+    async def run() -> float:
+        settings = UpstreamSettings(role="judge", base_url=server.url, model="far", **limits)
+        client, loop = Upstream(settings, OpenAIApi()), asyncio.get_running_loop()
+        request = CallRequest(model="far", messages=ASKED["messages"])
+        started = loop.time()
+        try:
+            await asyncio.gather(*(client.whole(request, started + 9) for _ in range(number)))
+        finally:
+            await client.close()
+        return loop.time() - started
 
-        async def many() -> None:
-            from agl_ray.gateway.canonical import CallRequest
+    return asyncio.run(run())
 
-            client = Upstream(settings, OpenAIApi())
+
+def test_so_many_at_once_and_so_many_a_minute() -> None:
+    with endpoint(lambda body: threading.Event().wait(0.1) or chat("yes")) as server:
+        ask_many(server, 6, concurrency=2)
+        assert (len(server.requests), server.most_open) == (6, 2)
+    with endpoint(chat("yes")) as server:
+        assert ask_many(server, 6, requests_per_minute=1200) >= 0.25  # one in 50 ms
+
+
+def test_a_turn_that_comes_too_late_is_named() -> None:
+    with endpoint(chat("yes")) as server:
+
+        async def run() -> None:
+            settings = UpstreamSettings(
+                role="judge", base_url=server.url, model="far", requests_per_minute=1
+            )
+            client, loop = Upstream(settings, OpenAIApi()), asyncio.get_running_loop()
             request = CallRequest(model="far", messages=ASKED["messages"])
-            late = asyncio.get_running_loop().time()
             try:
-                await asyncio.gather(*(client.whole(request, late + 5) for _ in range(6)))
-                slow = Upstream(
-                    UpstreamSettings(
-                        role="judge", base_url=server.url, model="far", requests_per_minute=1
-                    ),
-                    OpenAIApi(),
-                )
-                try:
-                    await slow.whole(request, late + 5)
-                    with pytest.raises(
-                        TimeoutError, match="a turn of the 1 a minute of the endpoint of role judge"
-                    ):
-                        await slow.whole(request, asyncio.get_running_loop().time() + 0.05)
-                finally:
-                    await slow.close()
+                await client.whole(request, loop.time() + 9)
+                with pytest.raises(WaitTimeout, match="a turn of the 1 a minute of the endpoint"):
+                    await client.whole(request, loop.time() + 0.05)
             finally:
                 await client.close()
 
-        asyncio.run(many())
-    assert server.most_open == 2
-    assert server.times[5] - server.times[0] > 0.2  # 1200 a minute is one in 50 ms
+        asyncio.run(run())
+        assert len(server.requests) == 1
 
 
 def test_a_caller_that_leaves_closes_the_connection(renderer: Renderer) -> None:
@@ -307,8 +312,6 @@ def test_a_caller_that_leaves_closes_the_connection(renderer: Renderer) -> None:
         one = desk(renderer, server)
 
         async def leave() -> None:
-            from agl_ray.gateway.attempts import CallPath
-            from agl_ray.gateway.canonical import CallRequest
 
             request = CallRequest(model="far", messages=ASKED["messages"])
             task = asyncio.create_task(one.door.call(CallPath("ro-1", "at-1", "judge"), request))
