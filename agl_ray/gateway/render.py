@@ -56,6 +56,10 @@ class Renderer:
         self._backend = self._tokenizer.backend_tokenizer
         self.stop_ids = _stop_ids(self._tokenizer, Path(model_path))
         self._encoder = Encoder(self._backend, self._turn_marks())
+        # An answer's text is asked for twice, as the model wrote it and as the caller sees it; mostly that is the same.
+        self._text = functools.lru_cache(maxsize=4)(self._decode)
+        added = self._backend.get_added_tokens_decoder().items()
+        self._special_ids = frozenset(number for number, token in added if token.special)
         self._anchored = self._needs_anchor()
         self._parser = _load_parser(tool_parser) if tool_parser else None
         start = getattr(self._parser, "tool_call_start_token", None)
@@ -116,7 +120,12 @@ class Renderer:
         return self._encoder.encode(text)
 
     def decode(self, ids: Sequence[int], keep_special: bool = True) -> str:
-        return str(self._backend.decode(list(ids), skip_special_tokens=not keep_special))
+        if not keep_special and not self._special_ids.isdisjoint(ids):
+            return str(self._backend.decode(list(ids), skip_special_tokens=True))
+        return self._text(tuple(ids))
+
+    def _decode(self, ids: tuple[int, ...]) -> str:
+        return str(self._backend.decode(ids, skip_special_tokens=False))
 
     def token_texts(self, ids: Sequence[int]) -> list[str]:
         """Each id's own text; parts of a character read as U+FFFD."""

@@ -21,6 +21,10 @@ _MAPS = ("attributes", "resource")
 _JSON = ("events", "links")
 
 
+class JsonText(str):
+    """An attribute's value that is JSON text already: `span_batch` takes it as it is."""
+
+
 def new_span_id() -> str:
     """16 hex digits, as OpenTelemetry's."""
     return secrets.token_hex(8)
@@ -74,7 +78,10 @@ def _value(name: str, value: Any) -> Any:
     if value is None:
         return None
     if name in _MAPS:
-        return [(key, json.dumps(item)) for key, item in value.items()]
+        return [
+            (key, item if isinstance(item, JsonText) else json.dumps(item))
+            for key, item in value.items()
+        ]
     if name in _JSON:
         return json.dumps(value)
     if name == "weight_versions":

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import functools
 import json
 from pathlib import Path
 
@@ -32,6 +33,22 @@ def test_text_and_ids_round_trip(renderer: Renderer) -> None:
     assert END in renderer.decode(renderer.encode(END))
     assert renderer.decode(renderer.encode(END), keep_special=False) == ""
     assert renderer.stop_ids == frozenset(renderer.encode(END))
+
+
+def test_an_answers_text_is_decoded_once(folder: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    renderer = Renderer(folder)
+    decoded: list[int] = []
+    plain = renderer._text.__wrapped__
+    monkeypatch.setattr(
+        renderer, "_text", functools.lru_cache(4)(lambda ids: decoded.append(1) or plain(ids))
+    )
+    ids = renderer.encode("The answer is 432. <tool_call>")
+    text = renderer.decode(ids)
+    assert renderer.decode(ids, keep_special=False) == text
+    assert len(decoded) == 1
+    ended = [*ids, *renderer.stop_ids, *renderer.encode("x")]
+    assert renderer.decode(ended, keep_special=False) == f"{text}x"
+    assert renderer.decode(ended) == f"{text}{END}x"
 
 
 def test_hermes_calls_are_found_by_vllms_parser(renderer: Renderer) -> None:

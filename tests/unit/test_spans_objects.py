@@ -6,7 +6,7 @@ from typing import Any
 
 import pytest
 
-from agl_ray.spans import SPAN_SCHEMA, span_batch
+from agl_ray.spans import SPAN_SCHEMA, JsonText, span_batch
 from agl_ray.spans.objects import span_object, span_row
 from agl_ray.types import InputError, Span, from_json, to_json
 
@@ -63,3 +63,9 @@ def test_what_does_not_fit_is_named(wrong: dict[str, Any], message: str) -> None
     fields = {"rollout_id": "ro-1", "attempt_id": "at-1", "name": "x", **wrong}
     with pytest.raises(InputError, match=message):
         span_row(Span(**fields))
+
+
+def test_json_that_is_written_already_is_taken_as_it_is() -> None:
+    row = {"span_id": "s", "attributes": {"a": JsonText('{"b":1}'), "c": '{"b":1}'}}
+    (stored,) = span_batch([row]).to_pylist()
+    assert dict(stored["attributes"]) == {"a": '{"b":1}', "c": '"{\\"b\\":1}"'}
