@@ -68,7 +68,8 @@ KEYS = {
     "sessions_rss_mb": "MiB of the gateway's memory that they took",
     "sessions_p50_ms": "median of a second call in them",
     "growth_calls": "calls (chat size) of the memory measurement",
-    "rss_growth_mb": "MiB by which the gateway's process grew from a fifth of these calls to the last",
+    "rss_growth_mb": "MiB by which the gateway's process grew from a fifth of these calls to the last (an attempt is forgotten 10 to 15 "
+    "seconds after its end, so with --quick most of them are still there)",
     "rss_mb": "MiB of that process at the end",
     "rollouts": "rollouts of an agent that only returns a reward, through one runner and the store actor",
     "rollouts_per_min": "such rollouts per minute, from the first in the queue to the last one's end",

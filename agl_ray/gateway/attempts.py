@@ -2,7 +2,8 @@
 
 Called by: the door. An attempt is resolved once, when it is first heard of: its rollout, that it is the live attempt, its LLM
 resource, and what it has already said (the store's spans: another gateway process may have died). Attempts idle for
-`idle_seconds` are forgotten; should one speak again it is resolved anew. The store is asked every `CHECK_SECONDS` whether an attempt
+`idle_seconds` are forgotten, and so are those that have been silent for a while and of which the store says that they are over; should one
+speak again it is resolved anew. The store is asked every `CHECK_SECONDS` whether an attempt
 is still the live one; the calls of one that is not are refused. The store is any object with the async methods of `StoreClient`. Test alone:
 `pytest tests/unit/test_gateway_door.py`.
 """
@@ -10,6 +11,7 @@ is still the live one; the calls of one that is not are refused. The store is an
 from __future__ import annotations
 
 import asyncio
+import logging
 import time
 from collections.abc import Callable
 from dataclasses import dataclass, field
@@ -40,6 +42,9 @@ from agl_ray.types import (
 from agl_ray.waits import wait
 
 CHECK_SECONDS = 2.0  # an attempt that has ended may make calls for so long
+SILENT_SECONDS = 10.0  # of an attempt, before the store is asked whether it is over; then of twice as many, and so on
+MOST_ASKED = 500  # attempts at once
+logger = logging.getLogger(__name__)
 
 
 class StoreClient(Protocol):
@@ -96,6 +101,7 @@ class Live:
     underway: int = 0  # of the open ones, those admitted (limits.py)
     refused: set[str | None] = field(default_factory=set)  # codes that have a span
     used: float = 0.0
+    patience: float = SILENT_SECONDS  # how long it may be silent before the store is asked
     checked: float = 0.0  # when the store last said that the attempt is live
     kept: dict[tuple[str | None, str], list[dict[str, Any]]] = field(default_factory=dict)
     """(role, call id) -> the conversation up to and with its answer, of calls that later ones may name."""
@@ -127,6 +133,7 @@ class Attempts:
         self._live: dict[tuple[str, str], Live] = {}
         self._resolving: dict[tuple[str, str], asyncio.Lock] = {}
         self._swept = now()
+        self._asking: asyncio.Task[None] | None = None  # which silent attempts are over
 
     def __len__(self) -> int:
         return len(self._live)
@@ -143,7 +150,7 @@ class Attempts:
             self._resolving.pop(key, None)
         live = self._live[key]
         await self._still_live(path, live)
-        live.used = self._now()
+        live.used, live.patience = self._now(), SILENT_SECONDS
         live.open_calls += 1
         return live
 
@@ -162,13 +169,40 @@ class Attempts:
             raise
 
     def _sweep(self) -> None:
-        """Forget idle sessions, at most once per tenth of the limit."""
+        """Forget idle sessions, and ask after silent ones, now and then."""
         now, limit = self._now(), self._idle
-        if now - self._swept < limit / 10:
+        if now - self._swept < min(limit / 10, SILENT_SECONDS / 2):
             return
         self._swept = now
+        silent = []
         for key, live in list(self._live.items()):
-            if not live.open_calls and now - live.used > limit:
+            idle = 0.0 if live.open_calls else now - live.used
+            if idle > limit:
+                del self._live[key]
+            elif idle > live.patience:
+                silent.append(key)
+        if silent and (self._asking is None or self._asking.done()):
+            self._asking = asyncio.create_task(self._forget_ended(silent[:MOST_ASKED]))
+
+    async def _forget_ended(self, keys: list[tuple[str, str]]) -> None:
+        """Forget those of these attempts that are over: a run has many, and each holds its whole conversation."""
+        answers = await asyncio.gather(
+            *(self._ask(self._store.get_latest_attempt(key[0]), f"{key}") for key in keys),
+            return_exceptions=True,
+        )
+        for key, answer in zip(keys, answers, strict=True):
+            live = self._live.get(key)
+            if live is None or live.open_calls:
+                continue
+            if isinstance(answer, BaseException) and not isinstance(answer, NotFound):
+                logger.warning("is attempt %s over? The store did not say: %s", key[1], answer)
+            elif (
+                isinstance(answer, Attempt)
+                and answer.attempt_id == key[1]
+                and not answer.status.final
+            ):
+                live.patience = 2 * (self._now() - live.used)
+            else:
                 del self._live[key]
 
     async def _resolve(self, path: CallPath) -> Live:

@@ -17,7 +17,7 @@ from agl_ray.gateway.door import Door, DoorSettings
 from agl_ray.gateway.engine_api import GenerateRequest, GenerateResult
 from agl_ray.gateway.render import Renderer
 from agl_ray.gateway.roles import EngineLost, EngineRole
-from agl_ray.types import EndReason, EngineError, WaitTimeout, replace
+from agl_ray.types import Attempt, EndReason, EngineError, WaitTimeout, replace
 
 PATH = CallPath("ro-1", "at-1")
 
@@ -159,6 +159,44 @@ def test_idle_sessions_are_forgotten(renderer: Renderer) -> None:
     asyncio.run(bench.door.call(PATH, ask()))
     assert bench.store.lookups == 2
     assert len(bench.door.attempts) == 1
+
+
+def test_silent_attempts_that_are_over_are_forgotten(renderer: Renderer) -> None:
+    """The store is asked after 10 s of silence, then after 20, ...; without an answer nothing is forgotten."""
+    bench = Bench(renderer, lambda request: words(renderer, "yes"))
+    asked: list[float] = []
+    answer = bench.store.get_latest_attempt
+
+    async def counted(rollout_id: str) -> Attempt | None:
+        asked.append(bench.time)
+        if bench.time == 25.0:
+            raise WaitTimeout("the store", 1.0)
+        return await answer(rollout_id)
+
+    bench.store.get_latest_attempt = counted  # type: ignore[method-assign]
+
+    async def at(time: float) -> int:
+        """The attempts that are known once somebody else has called."""
+        bench.time = time
+        with pytest.raises(Refusal):
+            await bench.door.call(CallPath("ro-2", "at-1"), ask())
+        if bench.door.attempts._asking is not None:
+            await bench.door.attempts._asking
+        return len(bench.door.attempts)
+
+    async def scenario() -> None:
+        await bench.door.call(PATH, ask())
+        ended = EndReason.OK
+        assert [await at(time) for time in (5.0, 11.0, 18.0)] == [1, 1, 1]
+        assert asked == [11.0]
+        bench.store.attempt = replace(
+            bench.store.attempt, status=ended.status, end_reason=ended, num_spans=1
+        )
+        assert [await at(time) for time in (25.0, 31.0)] == [1, 0]
+        assert asked == [11.0, 25.0, 31.0]
+        assert (await bench.door.state(PATH))["calls"] == 1
+
+    asyncio.run(scenario())
 
 
 def test_sampling_precedence(renderer: Renderer) -> None:
