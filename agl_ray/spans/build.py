@@ -17,6 +17,7 @@ _NAMES = frozenset(SPAN_SCHEMA.names)
 _TYPES = [(field.name, field.type) for field in SPAN_SCHEMA]
 _PACKED = {"prompt_ids": "i", "response_ids": "i", "response_logprobs": "f"}
 """Columns of long lists of numbers -> how `struct` writes one of them."""
+FEW = 8  # rows of a shared empty column: slices of a longer one would carry all its rows
 _MAPS = ("attributes", "resource")
 _JSON = ("events", "links")
 
@@ -40,7 +41,9 @@ def span_batch(rows: Sequence[Mapping[str, Any]]) -> pa.RecordBatch:
     if not given <= _NAMES:
         raise ValueError(f"span column {min(given - _NAMES)!r}: expected one of {sorted(_NAMES)}")
     arrays = [
-        _column(name, kind, rows) if name in given else _nulls(name, len(rows))
+        _nulls(name, len(rows))
+        if name not in given and len(rows) <= FEW
+        else _column(name, kind, rows)
         for name, kind in _TYPES
     ]
     return pa.RecordBatch.from_arrays(arrays, schema=SPAN_SCHEMA)
