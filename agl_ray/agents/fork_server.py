@@ -1,4 +1,4 @@
-"""Fork server: has the agent imported, and makes a fresh process for each rollout in a few milliseconds.
+"""Fork server: has the agent imported, and makes a fresh process for each rollout in some 20 ms of CPU.
 
     python -m agl_ray.agents.fork_server CONTROL < Source
 
@@ -22,8 +22,8 @@ import selectors
 import signal
 import socket
 import sys
-import threading
-from collections.abc import Callable
+import time
+from collections.abc import Callable, Collection
 from pathlib import Path
 
 import msgspec
@@ -32,6 +32,7 @@ from agl_ray.agents.fork_child import Loaded, load, run_child, subreaper
 from agl_ray.agents.wire import Source
 
 LATE = "AGL_FORK_SERVER_LATE"  # set: the agent is imported in each process
+SETTLE = 0.5
 LONGEST = 4096  # bytes of a datagram
 
 
@@ -151,26 +152,39 @@ def _prepared(source: Source, body: bytes, control: socket.socket) -> Callable[[
     """How a new process gets the agent: it is here already, or is imported there. None: it cannot be imported, as `control` was told."""
     if os.environ.pop(LATE, None):
         return lambda: load(source)
-    threads = _num_threads()
+    before = _threads().keys()
     try:
         loaded = load(source)
     except Exception as error:  # noqa: BLE001  the runner raises it
         control.send(f"failed {type(error).__name__}: {error}".encode()[:LONGEST])
         return None
-    if threading.active_count() > 1 or _num_threads() > threads:
-        _again_late(body)
+    others = _lasting(before)
+    if others:
+        _again_late(body, others)
     return lambda: loaded
 
 
-def _num_threads() -> int:
-    return len(list(Path("/proc/self/task").iterdir()))
+def _threads() -> dict[str, str]:
+    """Id -> name of this process's threads. jemalloc's, which comes with Arrow, takes care of forks by itself."""
+    found = {}
+    for task in Path("/proc/self/task").iterdir():
+        with contextlib.suppress(OSError):  # it has just ended
+            found[task.name] = (task / "comm").read_text().strip()
+    return {number: name for number, name in found.items() if name != "jemalloc_bg_thd"}
 
 
-def _again_late(body: bytes) -> None:
+def _lasting(before: Collection[str]) -> list[str]:
+    """Names of the threads that were not there before and have not gone SETTLE seconds later (libraries start some for a moment)."""
+    deadline = time.monotonic() + SETTLE
+    while (new := _threads().keys() - before) and time.monotonic() < deadline:
+        time.sleep(SETTLE / 20)
+    return [name for number, name in _threads().items() if number in new]
+
+
+def _again_late(body: bytes, threads: list[str]) -> None:
     """Begin anew in this very process, without the agent."""
-    print(
-        "agl_ray: importing the agent starts threads; it is imported in every process", flush=True
-    )
+    text = f"agl_ray: importing the agent starts threads ({', '.join(threads)})"
+    print(f"{text}; it is imported in every process, which takes longer", flush=True)
     back, front = os.pipe()
     if os.fork() == 0:  # a source may be larger than what a pipe holds
         os.close(back)
