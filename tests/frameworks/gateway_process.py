@@ -7,7 +7,7 @@
 What the model says. Its weights are random, so every answer is sampled under a regular expression of the words that a good model
 would say at this point of the conversation (`words`): vLLM draws among *all* ways to cut those words into tokens. Hardly any of
 them is the tokenizer's own, so a gateway that tokenised an old answer again would be caught at once. A form that the caller asked
-for by `tool_choice` is replaced by such words, which have that form. Test code only; called by tests/frameworks/conftest.py.
+for by `tool_choice` is replaced by such words, which have that form; JSON of a schema is vLLM's own doing. Test code only; called by tests/frameworks/conftest.py.
 """
 
 from __future__ import annotations
@@ -90,6 +90,8 @@ class SpeakingEngine(VllmEngine):
         self._renderer = renderer
 
     def _told(self, request: GenerateRequest) -> GenerateRequest:
+        if request.structure is not None and "structural_tag" not in request.structure:
+            return request  # JSON is left to vLLM
         regex = words(self._renderer.decode(request.prompt_ids))
         return msgspec.structs.replace(request, structure={"regex": regex})
 

@@ -11,7 +11,7 @@ from dataclasses import dataclass, field
 from typing import Any
 
 import pytest
-from agent_programs import Gateway, Told, environment_of
+from agent_programs import HERE, Gateway, Told, environment_of
 
 QUESTIONS = ("What is 47 plus 385?", "What is 12 plus 30? Think first.")
 PLAIN = ("What is 47 plus 385?", "What is 12 plus 30?")
@@ -121,3 +121,12 @@ def test_the_models_tokens_are_hardly_ever_the_tokenizers_own(gateway: Gateway) 
     """Else the cells above would prove nothing."""
     told = run(gateway, GROWING[0], "chat", "whole")
     assert [call["own_tokens"] for call in told.calls] == [False] * 4
+
+
+def test_anthropics_tool_runner_goes_on_without_threads(gateway: Gateway) -> None:
+    """It first asks to keep the conversation (`thread`); told that there is no such thing, it sends the whole of it."""
+    program = str(HERE / "anthropic_tool_runner.py")
+    told = gateway.run(environment_of(".venv-frameworks"), program, *QUESTIONS)
+    assert told.answers == ANSWERS
+    assert told.state["retokenized_tokens"] == 0
+    assert told.branches == [None, None, "new_conversation", None]

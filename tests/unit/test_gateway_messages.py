@@ -357,3 +357,16 @@ def test_a_malformed_call_of_the_model_comes_back_as_text(renderer: Renderer) ->
 def test_a_base_url_with_v1_works_too(renderer: Renderer) -> None:
     desk = Desk(renderer, [says(renderer, "2")])
     assert desk.post(f"v1/{ACTION}", body()).status_code == 200
+
+
+def test_a_thread_is_refused_so_that_the_client_goes_on_without(renderer: Renderer) -> None:
+    """The first body of `tool_runner` of Anthropic's client (2.11); at this error code it sends the whole history, without `thread`."""
+    desk = Desk(renderer, [])
+    answer = desk.post(ACTION, body(tools=[TOOL], thread={"type": "create"}))
+    assert answer.status_code == 400
+    error = answer.json()["error"]
+    assert (error["type"], error["details"]) == (
+        "invalid_request_error",
+        {"error_code": "thread_unsupported_request", "unsupported": ["thread"]},
+    )
+    assert "details" not in desk.post(ACTION, body(speed="fast")).json()["error"]

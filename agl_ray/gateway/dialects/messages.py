@@ -7,6 +7,8 @@ unasked and which cannot change an answer here: `cache_control` anywhere (the en
 thoughts; a system block that starts with "x-anthropic-billing-header" is left out, since it differs from call to call and is not
 meant for the model. `thinking` switches the template's `enable_thinking`; `adaptive` leaves it to the template.
 
+`thread` (conversations that Anthropic keeps) is refused with the error code at which its client sends the whole history instead.
+
 Refused on purpose: tools that run on Anthropic's servers, images and documents, an assistant message at
 the end (prefill). `tool_choice` any and tool and `output_config.format` are refused in training (constrained.py).
 Test alone: `pytest tests/unit/test_gateway_messages.py`.
@@ -39,6 +41,7 @@ from agl_ray.gateway.dialects.strict import (
 )
 
 NAME = "anthropic.messages"
+NO_THREADS = "thread_unsupported_request"  # Anthropic's word for it
 
 
 class Tool(Strict, frozen=True):
@@ -102,6 +105,7 @@ class Body(CountBody, frozen=True, kw_only=True):
     stream: bool | None = None
     metadata: Metadata | None = None
     return_token_ids: bool | None = None
+    thread: dict[str, Any] | None = None
     # only one value
     service_tier: str | None = None
     container: Any = None
@@ -129,6 +133,12 @@ def parse(body: bytes) -> CallRequest:
     """The canonical request of a messages body; Refusal 400 names the field that is wrong or not supported."""
     message = read(_decoder, body)
     only(message, _ONLY)
+    if message.thread is not None:
+        refuse(
+            "thread",
+            "thread is not supported: no conversation is kept here; send all its messages",
+            NO_THREADS,
+        )
     request = _prompt_part(message)
     metadata = {**request.metadata, **given(user_id=message.metadata and message.metadata.user_id)}
     return msgspec.structs.replace(

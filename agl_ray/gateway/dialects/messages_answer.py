@@ -13,6 +13,7 @@ from typing import Any
 import msgspec
 
 from agl_ray.gateway.canonical import CallRequest, CallResult, Refusal, Streamed, json_object
+from agl_ray.gateway.dialects.messages import NO_THREADS
 
 _KINDS = {
     401: "authentication_error",
@@ -25,12 +26,13 @@ _KINDS = {
 
 
 def error_body(refusal: Refusal) -> bytes:
-    """Anthropic's error body: {"type": "error", "error": {type, message}}."""
+    """Anthropic's error body: {"type": "error", "error": {type, message}}; to a call with a thread also what its client goes by."""
     other = "api_error" if refusal.status >= 500 else "invalid_request_error"
     kind = _KINDS.get(refusal.status, other)
-    return msgspec.json.encode(
-        {"type": "error", "error": {"type": kind, "message": refusal.message}}
-    )
+    error: dict[str, Any] = {"type": kind, "message": refusal.message}
+    if refusal.code == NO_THREADS:
+        error["details"] = {"error_code": NO_THREADS, "unsupported": [refusal.param]}
+    return msgspec.json.encode({"type": "error", "error": error})
 
 
 def stop_reason(result: CallResult) -> str:
