@@ -51,6 +51,10 @@ class AgentProcesses:
     @classmethod
     async def start(cls, source: Source) -> AgentProcesses:
         """A fork server that has imported the agent. InputError where it cannot."""
+        if not sys.platform.startswith("linux"):
+            raise InputError(
+                f"runners.isolation: process needs Linux, this is {sys.platform}; use thread, or an agent that is a command"
+            )
         here, there = socket.socketpair(socket.AF_UNIX, socket.SOCK_SEQPACKET)
         here.setblocking(False)
         path = os.pathsep.join(each for each in sys.path if each)

@@ -12,7 +12,7 @@ from typing import Any
 
 import psutil
 import pytest
-from processes import is_alive
+from processes import descendants, is_alive
 
 from agl_ray.agents import Host, Outcome, settled
 from agl_ray.agents.processes import OUTPUT_SPAN, AgentProcesses
@@ -70,8 +70,7 @@ def with_processes(
             await processes.close()
 
     asyncio.run(main())
-    left = [p for p in psutil.Process().children(recursive=True) if p.status() != "zombie"]
-    assert left == []
+    assert list(descendants(os.getpid(), "agl_ray.agents.fork_server")) == []
 
 
 def test_each_rollout_has_a_fresh_process_and_the_pool_goes_on(tmp_path: Path) -> None:
