@@ -62,10 +62,10 @@ FULL = Amounts(
     vllm={"chat": 40, "8k": 4},
 )
 QUICK = Amounts(
-    alone={"chat": 30, "8k": 6},
-    at_once={"chat": 80, "8k": 40, "8k_new": 48},
+    alone={"chat": 20, "8k": 4},
+    at_once={"chat": 60, "8k": 32, "8k_new": 40},
     sessions=1000,
-    growth=2000,
+    growth=1600,
     rollouts=1000,
     vllm={},
 )
