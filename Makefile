@@ -58,7 +58,7 @@ test: $(TESTED) ## all tests: unit, property, integration, faults
 	$(PYTEST) tests
 
 test-fast: $(TESTED) ## the tests that need no minutes: unit, property, light integration
-	$(PYTEST) tests/unit tests/property tests/integration -m "not slow"
+	$(PYTEST) -n 2 --dist loadfile tests/unit tests/property tests/integration -m "not slow"
 
 .venv-%/.ready: cluster/locks/%.lock
 	@$(PYTHON) cluster/locks/install.py --lock $< --venv .venv-$*

@@ -72,6 +72,7 @@ def make_folder(root: Path) -> Path:
     model = tiny_model.make(root / "model", eos_token_id=2, pad_token_id=0)
     for name in ("tokenizer.json", "tokenizer_config.json"):
         shutil.copy(words / name, model / name)
+    (model / "chat_template.jinja").unlink()  # it would go before the one in tokenizer_config.json
     return model
 
 
