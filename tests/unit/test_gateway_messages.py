@@ -284,6 +284,8 @@ def test_counting_tokens_counts_those_of_the_call(renderer: Renderer) -> None:
             {"context_management": {"edits": [{"type": "clear_tool_uses_20250919"}]}},
             "context_management.edits[0]",
         ),
+        ({"context_management": {"edits": True}}, "context_management.edits"),
+        ({"context_management": {"edits": ["clear_thinking"]}}, "context_management.edits[0]"),
         ({"container": "c"}, "container"),
         ({"mcp_servers": [{"url": "x"}]}, "mcp_servers"),
         ({"service_tier": "priority"}, "service_tier"),

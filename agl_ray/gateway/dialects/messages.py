@@ -80,6 +80,10 @@ class OutputConfig(Strict, frozen=True):
     format: dict[str, Any] | None = None
 
 
+class ContextManagement(Strict, frozen=True):
+    edits: list[dict[str, Any]] | None = None
+
+
 class CountBody(Strict, frozen=True, kw_only=True):
     """The body of POST /v1/messages/count_tokens, and the part of a call's that makes its prompt."""
 
@@ -90,7 +94,7 @@ class CountBody(Strict, frozen=True, kw_only=True):
     tool_choice: ToolChoice | None = None
     thinking: Thinking | None = None
     output_config: OutputConfig | None = None
-    context_management: dict[str, Any] | None = None
+    context_management: ContextManagement | None = None
     cache_control: CacheControl | None = None
 
 
@@ -221,10 +225,10 @@ def _tool(tool: Tool, at: str) -> dict[str, Any] | None:
     return {"type": "function", "function": function}
 
 
-def _check_context_management(given_value: dict[str, Any] | None) -> None:
+def _check_context_management(wished: ContextManagement | None) -> None:
     """Only what changes nothing is taken: to keep all thoughts, as Claude's programs ask for."""
-    for index, edit in enumerate((given_value or {}).get("edits") or []):
-        kind = edit.get("type") if isinstance(edit, dict) else edit
+    for index, edit in enumerate((wished and wished.edits) or []):
+        kind = edit.get("type")
         keeps = isinstance(kind, str) and kind.startswith("clear_thinking")
         if not keeps or edit.get("keep") != "all":
             refuse(
