@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import asyncio
+import multiprocessing
+from concurrent.futures import ProcessPoolExecutor
 from pathlib import Path
 from typing import Any
 
@@ -109,7 +111,9 @@ def test_a_whole_small_measurement(tmp_path: Path) -> None:
     alone = {"chat": 2, "8k": 1}
     few = {**alone, "8k_new": 1}
     amounts = bench.Amounts(alone=alone, at_once=few, sessions=8, growth=16, rollouts=20, vllm={})
-    numbers = bench.run_gateway(cache=tmp_path, amounts=amounts)
+    # In a process of its own: it starts a Ray, and the session of these tests may have one.
+    with ProcessPoolExecutor(1, mp_context=multiprocessing.get_context("spawn")) as pool:
+        numbers = pool.submit(bench.run_gateway, cache=tmp_path, amounts=amounts).result(300)
     only_full = {key for key, text in KEYS.items() if "(full run)" in text}
     assert numbers.keys() == KEYS.keys() - only_full
     assert numbers["retokenized_tokens"] == 0
