@@ -5,6 +5,7 @@ Who calls it: `agl_ray.store.journals.mongo.MongoJournal.open`. Test alone: test
 
 from __future__ import annotations
 
+from collections import Counter
 from typing import Any
 
 from pymongo.asynchronous.database import AsyncDatabase
@@ -82,7 +83,10 @@ async def _counts(
 ) -> dict[str, int]:
     """How many documents have each value of `field`; an empty one counts as ""."""
     found = await _grouped(database, collection, run_id, {"_id": field, "n": {"$sum": 1}})
-    return {one["_id"] or "": one["n"] for one in found}
+    counts: Counter[str] = Counter()
+    for one in found:  # none and empty are two groups of the database
+        counts[one["_id"] or ""] += one["n"]
+    return dict(counts)
 
 
 async def _grouped(
