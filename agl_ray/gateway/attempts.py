@@ -94,7 +94,9 @@ class Live:
         None  # the refusal to give, once the store has said that the attempt is over
     )
     last_error: str | None = None
-    unanswered: bool = False  # whether the last call got no answer, as the store knows
+    unanswered_ns: int | None = (
+        None  # when the newest call without an answer failed, if none was answered since; the store knows
+    )
     disconnects: int = 0
     open_calls: int = 0
     drawn: int = 0  # calls that have got a seed; calls made side by side get different ones
@@ -217,7 +219,8 @@ class Attempts:
         _check_live(path, attempt)
         llm = self._llm(rollout, resources)
         live = Live(rollout=rollout, llm=llm, counts=counters([]), checked=self._now())
-        live.unanswered = attempt is not None and UNANSWERED_CALL in attempt.metadata
+        if attempt is not None and UNANSWERED_CALL in attempt.metadata:
+            live.unanswered_ns = 0  # before this process: any call answered here came later
         if attempt is not None and attempt.num_spans:
             rows = await self._ask(
                 self._store.query_span_rows(path.rollout_id, path.attempt_id),
@@ -298,7 +301,8 @@ class Attempts:
         live.last_error = message
         batch = self._unanswered(FAILED_CALL_NAME, path, message, started_ns)
         await self.journal(path, live, batch, f"{call_id}-failed")
-        await self.note_unanswered(path, live, message)
+        live.unanswered_ns = time.time_ns()
+        await self._note(path, {UNANSWERED_CALL: message})
         return Refusal(503, message, code="engine_error", kind="server_error")
 
     async def refused(self, path: CallPath, live: Live, refusal: Refusal) -> None:
@@ -323,17 +327,18 @@ class Attempts:
             end_ns=time.time_ns(),
         )
 
-    async def note_unanswered(self, path: CallPath, live: Live, why: str | None) -> None:
-        """Tell the store whether the attempt's last call got an answer (`why` None) or not, where that changes: an attempt
-        that ends on an unanswered call ends `engine_error`, also when its agent swallowed the error."""
-        if why is None and not live.unanswered:
-            return
-        metadata = {} if why is None else {UNANSWERED_CALL: why}
+    async def answered(self, path: CallPath, live: Live, started_ns: int) -> None:
+        """A call that began at `started_ns` has its answer. An attempt that ends on an unanswered call ends `engine_error`, also when its
+        agent swallowed the error; a call that was made after the failure shows that it went on from there, one beside it does not."""
+        if live.unanswered_ns is not None and started_ns > live.unanswered_ns:
+            live.unanswered_ns = None
+            await self._note(path, {})
+
+    async def _note(self, path: CallPath, metadata: dict[str, Any]) -> None:
         await self._ask(
             self._store.update_attempt(path.rollout_id, path.attempt_id, metadata=metadata),
             f"the note of an unanswered call of {path}",
         )
-        live.unanswered = why is not None
 
     async def state(self, path: CallPath) -> dict[str, Any]:
         """What a runner asks at the end of an attempt: the counts of `record.counters`, the last engine error, disconnects, open calls. It answers for an attempt that has ended or was never heard of here, too."""

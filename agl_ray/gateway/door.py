@@ -329,7 +329,7 @@ class Door:
             notes=call.notes(),
         )
         await self.attempts.journal(call.path, call.live, batch, call.call_id)
-        await self.attempts.note_unanswered(call.path, call.live, None)
+        await self.attempts.answered(call.path, call.live, call.started_ns)
         session = call.live.sessions[call.path.role]
         session.add(
             call.plan, call.call_id, answer.response_ids, body_text, end_text, result.message()

@@ -114,7 +114,7 @@ class OutsideCall:
             end_ns=time.time_ns(),
         )
         await self.attempts.journal(path, live, batch, self.call_id)
-        await self.attempts.note_unanswered(path, live, None)
+        await self.attempts.answered(path, live, self.started_ns)
         if self.request.keep:
             live.keep(path.role, self.call_id, self.request, result)
         live.counts["calls"] += 1

@@ -393,3 +393,29 @@ def test_an_answer_that_the_engine_aborted_is_no_answer(renderer: Renderer) -> N
     bench = Bench(renderer, [(renderer.encode("ha"), "abort")])
     assert refusal(bench.door.call(PATH, ask())).code == "engine_error"
     assert [row["kind"] for row in bench.rows] == ["span"]
+
+
+def test_a_call_beside_a_failed_one_does_not_make_it_answered(renderer: Renderer) -> None:
+    """Only a call that was made after the failure shows that the agent went on from there."""
+    bench = Bench(renderer, [])
+    told: list[list[dict[str, Any]]] = []
+
+    async def main() -> None:
+        bench.engine.hold = asyncio.Event()
+        bench.engine.script = [words(renderer, "yes")]
+        slow = asyncio.ensure_future(bench.door.call(PATH, ask("beside")))
+        await bench.engine.asked.wait()
+        bench.engine.hold, held = None, bench.engine.hold
+        bench.engine.script = [EngineError("out of memory")]
+        with pytest.raises(Refusal, match="out of memory"):
+            await bench.door.call(PATH, ask("failing"))
+        bench.engine.script = [words(renderer, "yes"), words(renderer, "yes")]
+        held.set()
+        await slow
+        told.append(list(bench.store.notes))
+        await bench.door.call(PATH, ask("after it"))
+        told.append(list(bench.store.notes))
+
+    asyncio.run(main())
+    assert [list(note) for note in told[0]] == [["unanswered_call"]]
+    assert [list(note) for note in told[1]] == [["unanswered_call"], []]
