@@ -81,36 +81,26 @@ def call_span(
         "agl.cached_tokens": result.cached_tokens,
         **notes,
     }
-    if request.constraint:
-        attributes["agl.constrained"] = next(iter(request.constraint))
-    if request.keep:
-        attributes["agl.kept"] = {"instructions": request.instructions}
     if plan.branch_reason is not None:
         attributes["agl.branch_reason"] = plan.branch_reason
-    row = {
-        "rollout_id": rollout_id,
-        "attempt_id": attempt_id,
-        "span_id": result.call_id,
-        "name": CALL_NAME,
-        "kind": KIND_CALL,
-        "start_ns": start_ns,
-        "end_ns": end_ns,
-        "status": "OK",
-        "role": role,
-        "attributes": _json_texts(attributes),
-        "model": request.model,
-        "dialect": request.dialect,
-        "parent_call": plan.parent.call_id if plan.parent else None,
-        "parent_tokens": plan.parent_tokens,
-        "prompt_ids": np.array(plan.rest_ids, np.int32),
-        "response_ids": np.array(result.response_ids, np.int32),
-        "response_logprobs": np.array(result.logprobs, np.float32),
-        "weight_versions": result.weight_versions,
-        "finish_reason": result.finish_reason,
-        "prompt_tokens": len(plan.prompt_ids),
-        "response_tokens": len(result.response_ids),
-    }
-    return span_batch([row])
+    return _call_batch(
+        request,
+        result,
+        attributes,
+        rollout_id=rollout_id,
+        attempt_id=attempt_id,
+        role=role,
+        start_ns=start_ns,
+        end_ns=end_ns,
+        parent_call=plan.parent.call_id if plan.parent else None,
+        parent_tokens=plan.parent_tokens,
+        prompt_ids=np.array(plan.rest_ids, np.int32),
+        response_ids=np.array(result.response_ids, np.int32),
+        response_logprobs=np.array(result.logprobs, np.float32),
+        weight_versions=result.weight_versions,
+        prompt_tokens=len(plan.prompt_ids),
+        response_tokens=len(result.response_ids),
+    )
 
 
 def outside_span(
@@ -140,26 +130,38 @@ def outside_span(
         "agl.token_ids": NO_IDS,
         "agl.timings": {"endpoint": (end_ns - start_ns) / 1e9},
     }
+    return _call_batch(
+        request,
+        result,
+        attributes,
+        rollout_id=rollout_id,
+        attempt_id=attempt_id,
+        role=role,
+        start_ns=start_ns,
+        end_ns=end_ns,
+        prompt_tokens=result.num_prompt,
+        response_tokens=result.num_response,
+    )
+
+
+def _call_batch(
+    request: CallRequest, result: CallResult, attributes: dict[str, Any], **columns: Any
+) -> pa.RecordBatch:
+    """The row of an answered call: what every such call has, with its own columns."""
     if request.constraint:
         attributes["agl.constrained"] = next(iter(request.constraint))
     if request.keep:
         attributes["agl.kept"] = {"instructions": request.instructions}
     row = {
-        "rollout_id": rollout_id,
-        "attempt_id": attempt_id,
         "span_id": result.call_id,
         "name": CALL_NAME,
         "kind": KIND_CALL,
-        "start_ns": start_ns,
-        "end_ns": end_ns,
         "status": "OK",
-        "role": role,
         "attributes": _json_texts(attributes),
         "model": request.model,
         "dialect": request.dialect,
         "finish_reason": result.finish_reason,
-        "prompt_tokens": result.num_prompt,
-        "response_tokens": result.num_response,
+        **columns,
     }
     return span_batch([row])
 
