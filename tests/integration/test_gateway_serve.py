@@ -21,6 +21,8 @@ from gateway_system import System, run_config, start
 from actors.gateway import start_serve
 from agl_ray.types import AttemptedRollout, InputError
 
+pytestmark = pytest.mark.slow
+
 
 def outside(body: dict[str, Any]) -> Any:
     """The model outside: it says what it is asked to, streamed where asked, and fails on `fail`."""

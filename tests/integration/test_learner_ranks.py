@@ -15,6 +15,8 @@ from agl_ray.config.models import LearnerConfig
 from agl_ray.learner.step import Learner
 from agl_ray.types import InputError
 
+pytestmark = pytest.mark.slow
+
 SAME = (
     "loss",
     "grad_norm",

@@ -15,6 +15,8 @@ from agl_ray.judge import Case
 from agl_ray.store import LightningStore
 from agl_ray.types import EndReason, InputError, new_id
 
+pytestmark = pytest.mark.slow
+
 __all__ = ["store"]  # a fixture
 
 

@@ -18,6 +18,8 @@ from agl_ray.cli.store_serve import check_entry, listening, serve
 from agl_ray.store import LightningStore
 from agl_ray.types import EnqueueRolloutRequest, InputError, WaitTimeout
 
+pytestmark = pytest.mark.slow
+
 PROGRAM = """
 import sys
 from agl_ray.cli.store_serve import serve
