@@ -18,7 +18,7 @@ from actors.store_door import FACADE_PREFIXES, PREFIX, store_door
 from agl_ray.store import LightningStore
 from agl_ray.types import EndReason, EnqueueRolloutRequest, InputError, NotFound
 
-pytestmark = pytest.mark.usefixtures("ray_cluster")
+pytestmark = [pytest.mark.slow, pytest.mark.usefixtures("ray_cluster")]
 
 KEY = "k-123"
 
