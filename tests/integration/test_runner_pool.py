@@ -16,6 +16,8 @@ from agl_ray.config import RunConfig
 from agl_ray.store import LightningStore
 from agl_ray.types import LLM, AgentFailure, EndReason, RunError, new_id
 
+pytestmark = pytest.mark.slow
+
 AGENTS = Path(__file__).parent / "agents_for_tests.py"
 BAD_AGENTS = str(Path(__file__).parent.parent / "unit" / "bad_agents.py") + ":misbehaves"
 
