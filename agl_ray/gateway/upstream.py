@@ -10,10 +10,11 @@ from __future__ import annotations
 import asyncio
 import logging
 import random
-from collections.abc import AsyncGenerator, AsyncIterator, Iterator
+from abc import ABC, abstractmethod
+from collections.abc import AsyncGenerator, AsyncIterator, Iterator, Mapping
 from contextlib import aclosing, asynccontextmanager, contextmanager
 from dataclasses import dataclass
-from typing import Any, Protocol
+from typing import Any, ClassVar, Protocol
 
 import msgspec
 
@@ -55,17 +56,63 @@ class Piece(msgspec.Struct, frozen=True):
     reasoning: str = ""
 
 
-class Reader(Protocol):
-    """Reads one streamed answer. EngineError where an event says that it failed."""
+class Reader(ABC):
+    """Gathers one answer from its events. `finishes`: the API's words for an answer's end -> ours."""
 
-    def push(self, event: dict[str, Any]) -> Piece: ...
+    finishes: ClassVar[Mapping[str, str]]
+
+    def __init__(self) -> None:
+        self._text, self._reasoning = "", ""
+        self._calls: dict[int, dict[str, str]] = {}
+        self._finish: str | None = None
+        self._stop: str | None = None
+        self._usage: dict[str, Any] = {}
+        self._model: str | None = None
+
+    @abstractmethod
+    def push(self, event: dict[str, Any]) -> Piece:
+        """What the event says anew. EngineError where it says that the answer failed."""
+
+    @abstractmethod
+    def counts(self) -> dict[str, int | None]:
+        """The counts of `Outside`, from the API's usage."""
 
     @property
     def ended(self) -> bool:
         """Whether the answer is whole."""
-        ...
+        return self._finish is not None
 
-    def answer(self) -> Outside: ...
+    def answer(self) -> Outside:
+        """The whole answer. EngineError where it is cut off, filtered, or empty: never an empty answer."""
+        finish = self.finishes.get(self._finish or "")
+        if finish is None:
+            raise EngineError(
+                f"the endpoint's answer ended by {self._finish!r}; expected one of {', '.join(self.finishes)}"
+            )
+        if finish == "stop" and not (self._text or self._calls):
+            raise EngineError("the endpoint's answer holds neither text nor a tool call")
+        calls = [
+            ToolCall(id=call["id"], name=call["name"], arguments=call["arguments"] or "{}")
+            for _, call in sorted(self._calls.items())
+        ]
+        return Outside(
+            content=self._text or (None if calls or self._reasoning else ""),
+            reasoning=self._reasoning or None,
+            tool_calls=calls,
+            finish_reason=finish,
+            stop_string=self._stop,
+            model=self._model,
+            **self.counts(),  # type: ignore[arg-type]
+        )
+
+    def _more(self, text: str, reasoning: str) -> Piece:
+        self._text += text
+        self._reasoning += reasoning
+        return Piece(text, reasoning)
+
+    @staticmethod
+    def _failed(error: Any) -> EngineError:
+        return EngineError(f"the endpoint failed in its answer: {str(error)[:500]}")
 
 
 class Api(Protocol):

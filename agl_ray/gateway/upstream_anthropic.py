@@ -9,8 +9,8 @@ from typing import Any
 
 import msgspec
 
-from agl_ray.gateway.canonical import CallRequest, Refusal, ToolCall
-from agl_ray.gateway.upstream import Outside, Piece
+from agl_ray.gateway.canonical import CallRequest, Refusal
+from agl_ray.gateway.upstream import Outside, Piece, Reader
 from agl_ray.types import EngineError
 
 VERSION = "2023-06-01"
@@ -84,25 +84,13 @@ class AnthropicApi:
         return _Reader()
 
 
-class _Reader:
-    """Gathers the blocks of one answer."""
-
-    def __init__(self) -> None:
-        self._text, self._reasoning = "", ""
-        self._calls: dict[int, dict[str, str]] = {}
-        self._finish: str | None = None
-        self._stop: str | None = None
-        self._usage: dict[str, Any] = {}
-        self._model: str | None = None
-
-    @property
-    def ended(self) -> bool:
-        return self._finish is not None
+class _Reader(Reader):
+    finishes = _FINISH
 
     def push(self, event: dict[str, Any]) -> Piece:
         kind = event.get("type")
         if kind == "error":
-            raise EngineError(f"the endpoint failed in its answer: {str(event.get('error'))[:500]}")
+            raise self._failed(event.get("error"))
         if kind == "message_start":
             self._model = event["message"].get("model")
             self._usage = event["message"].get("usage") or {}
@@ -132,38 +120,16 @@ class _Reader:
             self._calls[index]["arguments"] += delta["partial_json"]
         return self._more(delta.get("text") or "", delta.get("thinking") or "")
 
-    def _more(self, text: str, reasoning: str) -> Piece:
-        self._text += text
-        self._reasoning += reasoning
-        return Piece(text, reasoning)
-
-    def answer(self) -> Outside:
-        finish = _FINISH.get(self._finish or "")
-        if finish is None:
-            raise EngineError(
-                f"the endpoint's answer ended by {self._finish!r}; expected one of {', '.join(_FINISH)}"
-            )
-        if finish == "stop" and not (self._text or self._calls):
-            raise EngineError("the endpoint's answer holds neither text nor a tool call")
+    def counts(self) -> dict[str, int | None]:
         usage = self._usage
         cached = usage.get("cache_read_input_tokens") or 0
         fresh = usage.get("input_tokens")
         written = usage.get("cache_creation_input_tokens") or 0
-        calls = [
-            ToolCall(id=call["id"], name=call["name"], arguments=call["arguments"] or "{}")
-            for _, call in sorted(self._calls.items())
-        ]
-        return Outside(
-            content=self._text or (None if calls or self._reasoning else ""),
-            reasoning=self._reasoning or None,
-            tool_calls=calls,
-            finish_reason=finish,
-            stop_string=self._stop,
-            prompt_tokens=None if fresh is None else fresh + written + cached,
-            response_tokens=usage.get("output_tokens"),
-            cached_tokens=cached,
-            model=self._model,
-        )
+        return {
+            "prompt_tokens": None if fresh is None else fresh + written + cached,
+            "response_tokens": usage.get("output_tokens"),
+            "cached_tokens": cached,
+        }
 
 
 def _messages(messages: list[dict[str, Any]]) -> list[dict[str, Any]]:

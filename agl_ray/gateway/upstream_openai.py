@@ -9,8 +9,8 @@ from typing import Any
 
 import msgspec
 
-from agl_ray.gateway.canonical import CallRequest, Refusal, ToolCall
-from agl_ray.gateway.upstream import Outside, Piece
+from agl_ray.gateway.canonical import CallRequest, Refusal
+from agl_ray.gateway.upstream import Outside, Piece, Reader
 from agl_ray.types import EngineError
 
 _FINISH = {"stop": "stop", "tool_calls": "stop", "function_call": "stop", "length": "length"}
@@ -76,23 +76,12 @@ class OpenAIApi:
         return _Reader()
 
 
-class _Reader:
-    """Gathers the deltas of one answer."""
-
-    def __init__(self) -> None:
-        self._text, self._reasoning = "", ""
-        self._calls: dict[int, dict[str, str]] = {}
-        self._finish: str | None = None
-        self._usage: dict[str, Any] = {}
-        self._model: str | None = None
-
-    @property
-    def ended(self) -> bool:
-        return self._finish is not None
+class _Reader(Reader):
+    finishes = _FINISH
 
     def push(self, event: dict[str, Any]) -> Piece:
         if event.get("error"):
-            raise EngineError(f"the endpoint failed in its answer: {str(event['error'])[:500]}")
+            raise self._failed(event["error"])
         self._model = event.get("model") or self._model
         self._usage = event.get("usage") or self._usage
         choices = event.get("choices") or []
@@ -101,8 +90,6 @@ class _Reader:
         delta = choices[0].get("delta") or {}
         text = delta.get("content") or delta.get("refusal") or ""
         reasoning = delta.get("reasoning_content") or delta.get("reasoning") or ""
-        self._text += text
-        self._reasoning += reasoning
         for part in delta.get("tool_calls") or []:
             call = self._calls.setdefault(
                 part.get("index", 0), {"id": "", "name": "", "arguments": ""}
@@ -112,29 +99,18 @@ class _Reader:
             call["name"] = function.get("name") or call["name"]
             call["arguments"] += function.get("arguments") or ""
         self._finish = choices[0].get("finish_reason") or self._finish
-        return Piece(text, reasoning)
+        return self._more(text, reasoning)
 
-    def answer(self) -> Outside:
-        finish = _FINISH.get(self._finish or "")
-        if finish is None:
-            raise EngineError(
-                f"the endpoint's answer ended by {self._finish!r}; expected one of {', '.join(_FINISH)}"
-            )
-        if finish == "stop" and not (self._text or self._calls):
-            raise EngineError("the endpoint's answer holds neither text nor a tool call")
+    def counts(self) -> dict[str, int | None]:
         usage = self._usage
-        return Outside(
-            content=self._text or (None if self._calls or self._reasoning else ""),
-            reasoning=self._reasoning or None,
-            tool_calls=[ToolCall(**call) for _, call in sorted(self._calls.items())],
-            finish_reason=finish,
-            prompt_tokens=usage.get("prompt_tokens"),
-            response_tokens=usage.get("completion_tokens"),
-            cached_tokens=(usage.get("prompt_tokens_details") or {}).get("cached_tokens") or 0,
-            reasoning_tokens=(usage.get("completion_tokens_details") or {}).get("reasoning_tokens")
-            or 0,
-            model=self._model,
-        )
+        prompt = usage.get("prompt_tokens_details") or {}
+        response = usage.get("completion_tokens_details") or {}
+        return {
+            "prompt_tokens": usage.get("prompt_tokens"),
+            "response_tokens": usage.get("completion_tokens"),
+            "cached_tokens": prompt.get("cached_tokens") or 0,
+            "reasoning_tokens": response.get("reasoning_tokens") or 0,
+        }
 
 
 def _message(message: dict[str, Any]) -> dict[str, Any]:

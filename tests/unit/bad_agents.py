@@ -51,6 +51,16 @@ def do_hang(task: Any, ctx: Any) -> float:
     return 1.0
 
 
+def do_meet(task: Any, ctx: Any) -> float:
+    """Ends when `number` rollouts are here at once."""
+    folder = ctx.artifacts.parent.parent / "here"
+    folder.mkdir(parents=True, exist_ok=True)
+    (folder / ctx.rollout_id).touch()
+    while len(list(folder.iterdir())) < task["number"]:
+        time.sleep(0.01)
+    return 1.0
+
+
 def do_exit(task: Any, ctx: Any) -> float:
     sys.exit(3)
 

