@@ -25,6 +25,9 @@ START = 10.0
 # Of one connection only (RFC 9110), or set anew by the next one.
 _OWN = {"host", "connection", "keep-alive", "transfer-encoding", "content-length", "te", "upgrade"}
 _OWN_BACK = {*_OWN, "content-encoding"}
+# The last event of a stream, by the dialect's `type`; OpenAI's chat ends with the text [DONE].
+_LAST = {"message_stop", "response.completed", "response.incomplete", "response.failed", "error"}
+_LEFT = 499  # the status that servers log for a caller who left
 _PATH = "/rollout/{rollout}/attempt/{attempt}{role:(/role/[^/]+)?}/v1/{path:.*}"
 
 
@@ -106,12 +109,16 @@ class WatchedEndpoint:
                 return web.Response(body=content, status=got.status, headers=back)
             answer = web.StreamResponse(status=got.status, headers=back)
             await answer.prepare(request)
-            async for line in got.content:
-                if line.startswith(b"data:"):
-                    call.read(line[5:])
-                await answer.write(line)
-            call.end(got.status)
-            await answer.write_eof()
+            try:
+                async for line in got.content:
+                    # Recorded before the agent sees the end: with it in hand, it may return and end the recording.
+                    if line.startswith(b"data:") and call.read(line[5:]):
+                        call.end(got.status)
+                    await answer.write(line)
+                call.end(got.status)
+                await answer.write_eof()
+            except ConnectionResetError:
+                call.end(_LEFT)
             return answer
 
 
@@ -126,20 +133,21 @@ class _Call:
         self._tokens: dict[str, int] = {}
         self._facts: dict[str, Any] = {}
 
-    def read(self, content: bytes) -> None:
-        """Take up model, usage and finish reason from an answer, or from an event of a stream."""
+    def read(self, content: bytes) -> bool:
+        """Take up model, usage and finish reason from an answer, or from an event of a stream; whether it was a stream's last event."""
         try:
             said = json.loads(content)
-        except ValueError:  # `[DONE]`, or an answer that is no JSON
-            return
+        except ValueError:  # an answer that is no JSON
+            return content.strip() == b"[DONE]"
         if not isinstance(said, dict):
-            return
+            return False
         for part in (said, said.get("response"), said.get("message"), said.get("delta")):
             if isinstance(part, dict):
                 self._take(part)
         for choice in said.get("choices") or []:
             if isinstance(choice, dict) and choice.get("finish_reason"):
                 self._facts["finish_reason"] = str(choice["finish_reason"])
+        return said.get("type") in _LAST
 
     def _take(self, part: dict[str, Any]) -> None:
         usage = part.get("usage")
@@ -157,9 +165,10 @@ class _Call:
             self._tokens[column] = usage[name]
 
     def end(self, status: int) -> None:
-        """Record the call; GETs (the list of models) are none."""
+        """Record the call, once; GETs (the list of models) are none."""
         if not self._counts or self._recorder.closed:
             return
+        self._counts = False
         good = status < 400
         self._recorder.add(
             name=self._path,

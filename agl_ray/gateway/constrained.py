@@ -81,7 +81,9 @@ def structure(request: CallRequest, renderer: Renderer) -> dict[str, Any] | None
     """What the engine is to be told; Refusal where this model's tool parser names no form of a call."""
     if kind(request) != "tool":
         return request.constraint or None
-    tag = renderer.call_form(request.tools or [], request.constraint["tool"])
+    tag = renderer.call_form(
+        request.tools or [], request.constraint["tool"], parallel=request.parallel
+    )
     if tag is None:
         raise Refusal(
             400,

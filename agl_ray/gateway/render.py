@@ -24,6 +24,8 @@ from agl_ray.gateway.encoding import Encoder
 from agl_ray.gateway.reasoning import Thoughts
 from agl_ray.types import InputError
 
+# Characters. Without an end a weak model fills its whole answer with blanks; indented JSON needs about this much.
+MAX_WHITESPACE = 32
 REPLACEMENT = "\ufffd"  # what a decoder writes for bytes that are no whole character
 
 
@@ -174,9 +176,11 @@ class Renderer:
             return text, []
         return found.content or None, calls
 
-    def call_form(self, tools: list[dict[str, Any]], name: str | None) -> str | None:
+    def call_form(
+        self, tools: list[dict[str, Any]], name: str | None, *, parallel: bool = True
+    ) -> str | None:
         """The grammar of an answer that calls a tool (this one, or any) in the model's own spelling, as vLLM's structural tag in JSON;
-        None where vLLM knows none for this parser."""
+        None where vLLM knows none for this parser. parallel: more calls may follow the first."""
         # What is forced keeps to its schema too, whether the caller calls the tool strict or not.
         strict = [{**tool, "function": {**tool["function"], "strict": True}} for tool in tools]
         choice = "required" if name is None else {"type": "function", "function": {"name": name}}
@@ -184,7 +188,12 @@ class Renderer:
         if self._parser is None:
             return None
         tag = self._parser(self._tokenizer).get_structural_tag(request)
-        return None if tag is None else msgspec.json.encode(tag.model_dump()).decode()
+        if tag is None:
+            return None
+        form = tag.model_dump()
+        limits: dict[str, Any] = {"max_whitespace_cnt": MAX_WHITESPACE}
+        _tighten(form, limits if parallel else {**limits, "stop_after_first": True})
+        return msgspec.json.encode(form).decode()
 
     def _turn_marks(self) -> list[str]:
         """The special tokens that the chat template writes: between them stands what a conversation repeats."""
@@ -199,6 +208,18 @@ class Renderer:
             return False
         joined = self.encode(token + "a")
         return len(joined) > 1 and joined[1:] != self.encode("a")
+
+
+def _tighten(form: Any, limits: dict[str, Any]) -> None:
+    """Set each of `limits` wherever a structural tag, read as JSON, has such a key (the tools' own schemas are left alone)."""
+    if isinstance(form, list):
+        for part in form:
+            _tighten(part, limits)
+    elif isinstance(form, dict):
+        form.update({key: value for key, value in limits.items() if key in form})
+        for key, part in form.items():
+            if key != "json_schema":
+                _tighten(part, limits)
 
 
 class Optioned:

@@ -61,6 +61,7 @@ def server() -> Iterator[str]:
             }
             await answer.write(f"data: {json.dumps(event)}\n\n".encode())
         await answer.write(b"data: [DONE]\n\n")
+        await asyncio.sleep(0.3)  # the agent has its answer and ends before the stream does
         return answer
 
     async def start() -> tuple[web.AppRunner, str]:

@@ -85,6 +85,20 @@ def test_a_forced_call_has_the_models_own_form(
     assert desk.rows[0]["attributes"]["agl.constrained"] == "tool"
 
 
+@pytest.mark.parametrize("parallel", [True, False])
+def test_a_forced_call_ends_where_the_caller_wants_one_only(
+    renderer: Renderer, parallel: bool
+) -> None:
+    desk = Desk(renderer, [says(renderer, calls("1+1"))])
+    action, fields = FORCED[0]
+    desk.post(action, {**body(action, fields), "parallel_tool_calls": parallel})
+    structure = desk.engine.requests[0].structure
+    assert structure is not None
+    form = json.loads(structure["structural_tag"])["format"]
+    assert form["stop_after_first"] is not parallel
+    assert {tag["content"]["max_whitespace_cnt"] for tag in form["tags"]} == {32}
+
+
 @pytest.mark.parametrize(("action", "fields"), [*FORMATS, FORCED[0], FORCED[2], FORCED[4]])
 def test_training_refuses_it_unless_the_rollout_allows_it(
     renderer: Renderer, action: str, fields: dict[str, Any]
