@@ -1,4 +1,4 @@
-"""kill -9 of the real store actor under load, several times: everything acknowledged is there, nothing is there twice.
+"""kill -9 of the real store actor under load, 20 times: everything acknowledged is there, nothing is there twice.
 
 Over the default file, and over a real PostgreSQL server (tests/services.py).
 """
@@ -21,8 +21,8 @@ from agl_ray.store.journals.settings import JournalSettings
 from agl_ray.store.transport import ActorTransport
 from agl_ray.types import EndReason, EnqueueRolloutRequest, RolloutStatus
 
-KILLS = 4
-ROLLOUTS_PER_KILL = 60
+KILLS = 20
+ROLLOUTS_PER_ROUND = 60
 WORKERS = 6
 SPANS = 4  # calls per attempt
 
@@ -30,7 +30,7 @@ pytest_plugins = ["services"]
 pytestmark = pytest.mark.usefixtures("ray_cluster")
 
 
-@pytest.fixture(params=["sqlite", pytest.param("postgres", marks=pytest.mark.slow)])
+@pytest.fixture(params=["sqlite", "postgres"])
 def place(request: pytest.FixtureRequest, tmp_path: Path) -> tuple[str, JournalSettings]:
     """(url, settings) of a journal that holds nothing yet."""
     if request.param == "sqlite":
@@ -107,6 +107,7 @@ async def kill_often(store: LightningStore, finished: asyncio.Event, rng: random
     return kills
 
 
+@pytest.mark.slow
 def test_kill_9_loses_nothing_acknowledged_and_repeats_nothing(
     place: tuple[str, JournalSettings], tmp_path: Path
 ) -> None:
@@ -119,7 +120,7 @@ def test_kill_9_loses_nothing_acknowledged_and_repeats_nothing(
         killing = asyncio.create_task(kill_often(store, finished, rng))
         while not finished.is_set():
             workers = [work(store, seen, f"w{i}", rng) for i in range(WORKERS)]
-            await asyncio.gather(enqueue(store, seen, ROLLOUTS_PER_KILL), *workers)
+            await asyncio.gather(enqueue(store, seen, ROLLOUTS_PER_ROUND), *workers)
         assert await killing == KILLS
         assert (await store.statistics())["restarts"] == KILLS
         await check(store, seen)
@@ -166,7 +167,7 @@ def test_an_answer_lost_after_its_commit_is_given_again(tmp_path: Path) -> None:
     async def main() -> None:
         store = dying_store(f"ns-{tmp_path.name}", f"sqlite:///{tmp_path}/store.db", str(tmp_path))
         workers = [work(store, seen, f"w{i}", random.Random(i)) for i in range(WORKERS)]
-        await asyncio.gather(enqueue(store, seen, ROLLOUTS_PER_KILL), *workers)
+        await asyncio.gather(enqueue(store, seen, ROLLOUTS_PER_ROUND), *workers)
         assert (await store.statistics())["restarts"] == len(COMMANDS)
         await check(store, seen)
         await store.shutdown()
