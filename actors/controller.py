@@ -27,6 +27,7 @@ from typing import Any
 import ray
 from ray.actor import ActorHandle
 
+from actors.batch_feeder import BatchFeeder
 from actors.learner_group import LearnerGroup
 from actors.learner_keeper import LearnerKeeper, step_key
 from actors.restart_watch import RestartWatch
@@ -41,9 +42,9 @@ from agl_ray.ops.ledger import Evaluation, Ledger
 from agl_ray.ops.log import setup_logging
 from agl_ray.ops.metrics import MetricsWriter
 from agl_ray.ops.summary import confidence_interval
-from agl_ray.schedule import WindowedQueue
+from agl_ray.schedule import RowPositions
 from agl_ray.store import LightningStore
-from agl_ray.trajectory.batch import GroupPlan, TrainBatch
+from agl_ray.trajectory.batch import TrainBatch
 from agl_ray.types import LLM, RolloutStatus, RunError, from_json, replace, to_json
 from agl_ray.waits import wait
 
@@ -173,7 +174,7 @@ class Controller:
             self.store,
             self.rows,
             resources.resources_id,
-            first_position=self.ledger.next_row,
+            positions=RowPositions(self.ledger.next_row, self.ledger.open_rows),
             weight_version=lambda: self.ledger.step,
         )
         pool = RunnerPool(
@@ -204,19 +205,10 @@ class Controller:
             self.ledger.before = await self._evaluate(groups, 0)
             await self._commit(groups)
         await self._take_up(groups)
-        queue: WindowedQueue[GroupPlan] = WindowedQueue(
-            groups_per_batch=self.config.rollout.groups_per_step,
-            staleness=self.config.train.staleness,
-            num_batches=self.config.train.steps,
-            first_batch=self.ledger.step,
-        )
-        feeder = asyncio.ensure_future(self._feed(queue, groups))
-        try:
+        feeder = BatchFeeder(self.config, groups, self._said, first_batch=self.ledger.step)
+        async with feeder:
             while self.ledger.step < self.config.train.steps:
-                await self._step(queue, groups, feeder)
-        finally:
-            feeder.cancel()
-            await asyncio.gather(feeder, return_exceptions=True)
+                await self._step(feeder, groups)
         # A finished run that is resumed for more steps has an `after` of older weights.
         if self.ledger.after is None or self.ledger.after.step != self.ledger.step:
             self.ledger.after = await self._evaluate(groups, self.ledger.step)
@@ -227,27 +219,6 @@ class Controller:
         await self._phase("export", exported)
         return await self._facts()
 
-    async def _feed(self, queue: WindowedQueue[GroupPlan], groups: GroupRollouts) -> None:
-        """Hand every free slot a group; ends when the run has no more slots."""
-        size = self.config.rollout.group_size
-        done: dict[int, int] = {}
-
-        async def fill(slot: int) -> None:
-            step = slot // queue.groups_per_batch + 1
-
-            def progress(count: int) -> None:
-                done[step] = done.get(step, 0) + count
-                total = queue.groups_per_batch * size
-                self._said.tell_soon(
-                    Progress(name=f"rollouts of step {step}", done=done[step], total=total)
-                )
-
-            await queue.finish(slot, await groups.group(step, progress))
-
-        async with asyncio.TaskGroup() as tasks:
-            while (slot := await queue.start_slot()) is not None:
-                tasks.create_task(fill(slot))
-
     async def _take_up(self, groups: GroupRollouts) -> None:
         """Train on the batch that an earlier sitting had journalled for the next step and did not finish."""
         step = self.ledger.step + 1
@@ -256,20 +227,17 @@ class Controller:
             return
         started, before = time.monotonic(), dict(self.ledger.seconds)
         batch = from_json(body, TrainBatch)
-        groups.position = max(groups.position, batch.next_row)
+        groups.positions = RowPositions(batch.next_row, batch.open_rows)
         await self._learn(batch, groups, started, before)
 
-    async def _step(
-        self, queue: WindowedQueue[GroupPlan], groups: GroupRollouts, feeder: asyncio.Task[None]
-    ) -> None:
+    async def _step(self, feeder: BatchFeeder, groups: GroupRollouts) -> None:
         """One training step: batch, journal, update, sync, position."""
         step = self.ledger.step + 1
         started, before = time.monotonic(), dict(self.ledger.seconds)
-        batch = await self._phase("rollout", self._next_batch(queue, step, feeder))
-        batch = replace(batch, next_row=groups.position)
+        batch = await self._phase("rollout", feeder.next_batch(step))
         await self.store.put_state(step_key(step), to_json(batch))
         await self._learn(batch, groups, started, before)
-        await queue.advance(step)
+        await feeder.advance(step)
 
     async def _learn(
         self, batch: TrainBatch, groups: GroupRollouts, started: float, before: dict[str, float]
@@ -280,7 +248,7 @@ class Controller:
         metrics = await self._phase("update", update)
         limit = self.config.weights.timeout_seconds
         result = await self._phase("sync", self._publish(step, limit))
-        self.ledger.take(metrics, step)
+        self.ledger.take({**metrics, **batch.sampled}, step)
         if step % self.config.train.checkpoint_every == 0 or step == self.config.train.steps:
             saved = self.learners.at(step, lambda group: group.save(step))
             await self._phase("checkpoint", saved)
@@ -291,17 +259,6 @@ class Controller:
         await self._commit(groups)
         metrics["seconds_step"] = time.monotonic() - started
         await self._report(batch, metrics, result, before, validation)
-
-    async def _next_batch(
-        self, queue: WindowedQueue[GroupPlan], step: int, feeder: asyncio.Task[None]
-    ) -> TrainBatch:
-        """The next batch, or the feeder's error: a queue that is not fed would never be full."""
-        batch = asyncio.ensure_future(queue.next_batch())
-        await asyncio.wait({batch, feeder}, return_when=asyncio.FIRST_COMPLETED)
-        if not batch.done() and feeder.done():
-            batch.cancel()
-            raise _first_error(feeder.exception())
-        return TrainBatch(step=step, groups=tuple(await batch))
 
     # Books ----------------------------------------------------------------------------------------
 
@@ -333,7 +290,8 @@ class Controller:
         self.ledger.total_seconds += now - self._counted_until
         self._counted_until = now
         await self._watch.hear()
-        self.ledger.next_row = groups.position
+        self.ledger.next_row = groups.positions.next_row
+        self.ledger.open_rows = groups.positions.open_rows
         self.ledger.dropped_groups += groups.dropped_groups
         groups.dropped_groups = 0
         await self.store.put_state(POSITION, to_json(self.ledger))
@@ -346,12 +304,8 @@ class Controller:
         before: dict[str, float],
         validation: Evaluation | None,
     ) -> None:
-        rewards = [member.reward for member in batch.members]
         row = {
-            "step": batch.step,
-            "reward": sum(rewards) / len(rewards),
-            "groups": len(batch.groups),
-            "rollouts": len(rewards),
+            **batch.metrics,
             "dropped_groups": self.ledger.dropped_groups,
             **{key: value for key, value in metrics.items() if isinstance(value, int | float)},
             "sync_ms": 1000 * float(result.get("seconds", 0.0)),
@@ -401,10 +355,3 @@ class Controller:
             self._body.cancel()
             await asyncio.wait({self._body}, timeout=10)
         self.learners.group.kill()
-
-
-def _first_error(error: BaseException | None) -> BaseException:
-    """The first real error inside (possibly nested) exception groups."""
-    while isinstance(error, BaseExceptionGroup):
-        error = error.exceptions[0]
-    return error or RunError("the feeder ended before the run did")

@@ -1,23 +1,28 @@
 """Groups of rollouts, from a row to `ok` attempts with rewards: what the controller asks of store and runners.
 
 Plain asyncio over the store's client; no actor of its own. Three askers: `preflight` (does the agent run at all?), `group`
-(one slot of a training batch, refilled until enough of its members ended ok), `evaluate` (held-out rows).
+(one slot of a training batch, refilled until enough of its members ended ok and, where the configuration says so, until their
+rewards differ), `evaluate` (held-out rows). Test it alone with tests/unit/test_rollout_groups.py and tests/integration/test_runner_pool.py.
 """
 
 from __future__ import annotations
 
 import asyncio
 import json
+import math
 import zlib
 from collections import Counter
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from typing import Any
 
+import numpy as np
+
+from agl_ray.algorithms.base import without_signal
 from agl_ray.config import RunConfig
 from agl_ray.ops.ledger import Evaluation, RowResult
-from agl_ray.schedule import RowOrder
+from agl_ray.schedule import Fate, Refill, RowOrder, RowPositions
 from agl_ray.store import LightningStore
-from agl_ray.trajectory.batch import GroupPlan, Member
+from agl_ray.trajectory.batch import GroupPlan, Member, TrainBatch
 from agl_ray.types import (
     AgentFailure,
     Attempt,
@@ -39,8 +44,8 @@ PREFLIGHT_ROWS = 2
 class GroupRollouts:
     """Enqueues rollouts and waits for their ends.
 
-    weight_version(): the newest weights, for the agent to know. progress(done, total): called as rollouts of the current phase end. Consecutive dropped groups are bounded: when
-    3 x groups_per_step in a row are dropped, RunError says of what.
+    positions: where the run is in its rows. weight_version(): the newest weights, for the agent to know. progress(done): called as rollouts of the
+    current phase end. Consecutive dropped groups are bounded: when 3 x groups_per_step in a row are dropped, RunError says of what.
     """
 
     def __init__(
@@ -50,13 +55,14 @@ class GroupRollouts:
         train_rows: list[Any],
         resources_id: str,
         *,
-        first_position: int,
+        positions: RowPositions,
         weight_version: Callable[[], int] = lambda: 0,
     ) -> None:
         self.config, self.store, self.rows = config, store, train_rows
         self.resources_id, self._weight_version = resources_id, weight_version
         self.order = RowOrder(len(train_rows), config.seed, shuffle=config.data.shuffle)
-        self.position = first_position  # rows handed out so far, replaced ones included
+        self.positions = positions
+        self.refill = _refill(config)
         self.dropped_groups = 0
         self._dropped_in_a_row = 0
 
@@ -136,16 +142,16 @@ class GroupRollouts:
             )
         raise RunError(f"each of {len(failed)} trial rollouts ended {reason}: {error}")
 
-    async def group(self, step: int, progress: Callable[[int], None]) -> GroupPlan:
+    async def group(self, step: int, progress: Callable[[int], None]) -> GroupPlan | None:
         """One group of a training batch: a row's rollouts whose attempts ended ok, at least `min_group` of them.
 
-        A group with fewer is dropped and another row takes its place (counted); RunError when too many are dropped
-        in a row.
+        A group with fewer is dropped and another row takes its place (counted); RunError when too many are dropped in a row. So it is with
+        a group without signal where `algorithm.zero_signal` is refill; None when the further groups of the step are used up.
         """
         settings = self.config.rollout
         reasons: Counter[str] = Counter()
         while True:
-            position, self.position = self.position, self.position + 1
+            position = self.positions.take(step)
             row = self.rows[self.order.row(position)]
             requests = [
                 self._request(row, "train", {"step": step, "row": position, "group_index": i})
@@ -153,19 +159,50 @@ class GroupRollouts:
             ]
             ended = await self._run(requests)
             members = tuple(_member(a) for _, a in ended if a is not None and _usable(a))
-            if len(members) >= settings.min_group:
-                self._dropped_in_a_row = 0
-                progress(settings.group_size)
-                return GroupPlan(group_id=f"{step}-{position}", members=members)
-            self.dropped_groups += 1
-            self._dropped_in_a_row += 1
-            errors = [a for _, a in ended if a is not None and not _usable(a)]
-            reasons.update(str(a.end_reason) for a in errors)
-            if self._dropped_in_a_row >= 3 * settings.groups_per_step:
-                raise RunError(
-                    f"{self._dropped_in_a_row} groups in a row had fewer than rollout.min_group ({settings.min_group}) "
-                    f"successful rollouts (end reasons: {dict(reasons)}); the last error was: {errors[-1].error if errors else None}"
-                )
+            if len(members) < settings.min_group:
+                self._drop([a for _, a in ended if a is not None and not _usable(a)], reasons)
+                continue
+            self._dropped_in_a_row = 0
+            fate = self._fate(step, [member.reward for member in members])
+            if fate is Fate.AGAIN:
+                continue
+            progress(settings.group_size)
+            if fate is Fate.SHORT:
+                return None
+            return GroupPlan(group_id=_group_id(step, position), members=members)
+
+    def _drop(self, errors: list[Attempt], reasons: Counter[str]) -> None:
+        """Count a group with too few members; reasons: end reasons so far of the slot's failed attempts."""
+        settings = self.config.rollout
+        self.dropped_groups += 1
+        self._dropped_in_a_row += 1
+        reasons.update(str(a.end_reason) for a in errors)
+        if self._dropped_in_a_row >= 3 * settings.groups_per_step:
+            raise RunError(
+                f"{self._dropped_in_a_row} groups in a row had fewer than rollout.min_group ({settings.min_group}) "
+                f"successful rollouts (end reasons: {dict(reasons)}); the last error was: {errors[-1].error if errors else None}"
+            )
+
+    def _fate(self, step: int, rewards: Sequence[float]) -> Fate:
+        if self.refill is None:
+            return Fate.TAKE
+        signal = not without_signal(np.array(rewards), np.zeros(len(rewards), np.int64)).all()
+        return self.refill.fate(step, rewards, signal=signal)
+
+    def batch(self, step: int, slots: Sequence[GroupPlan | None]) -> TrainBatch:
+        """The batch of `step` from its slots' groups; the rows that were taken for it are used up from now on.
+
+        In the order of the rows: which slot a further row went to depends on which group ended first.
+        """
+        self.positions.settle(step)
+        found = [group for group in slots if group is not None]
+        return TrainBatch(
+            step=step,
+            groups=tuple(sorted(found, key=_position)),
+            next_row=self.positions.next_row,
+            open_rows=self.positions.open_rows,
+            sampled=self.refill.settle(step) if self.refill else {},
+        )
 
     async def evaluate(
         self, rows: list[Any], step: int, progress: Callable[[int], None]
@@ -186,6 +223,20 @@ class GroupRollouts:
         nested = await asyncio.gather(*(run_chunk(i, chunk) for i, chunk in enumerate(chunks)))
         results = [result for chunk in nested for result in chunk]
         return Evaluation(step=step, results=results)
+
+
+def _refill(config: RunConfig) -> Refill | None:
+    if config.algorithm.zero_signal == "keep":
+        return None
+    return Refill(math.ceil(config.algorithm.refill_batches * config.rollout.groups_per_step))
+
+
+def _group_id(step: int, position: int) -> str:
+    return f"{step}-{position}"
+
+
+def _position(group: GroupPlan) -> int:
+    return int(group.group_id.partition("-")[2])
 
 
 def _result(rollout: Rollout, attempt: Attempt | None) -> RowResult:

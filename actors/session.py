@@ -291,6 +291,7 @@ class RunSession:
             run_folder=str(self.folder),
             restarts={kind: ledger.restarts.get(kind, 0) for kind in PROCESSES},
             dropped_groups=ledger.dropped_groups,
+            refilled_groups=ledger.refilled_groups,
         )
         draw_curves(self.folder, summary["validation"])
         self.display.show(Done(summary=summary))

@@ -17,7 +17,7 @@ from agl_ray.algorithms.base import AdvantageInputs, LossInputs, LossOutputs, wi
 from agl_ray.algorithms.correction import correction
 from agl_ray.algorithms.registry import OTHER_BASELINES, find_advantage, find_policy_loss
 from agl_ray.config.imports import load_module
-from agl_ray.types import InputError
+from agl_ray.types import ConfigError, InputError
 
 if TYPE_CHECKING:
     from agl_ray.config.algorithm import AlgorithmConfig
@@ -36,6 +36,11 @@ class Algorithm:
             load_module(place, base or Path.cwd())
         self._advantage = find_advantage(config.advantage, base)
         self._gain = find_policy_loss(config.loss, base)
+        if config.zero_signal == "refill" and config.advantage in OTHER_BASELINES:
+            raise ConfigError(
+                f"algorithm.zero_signal refill: expected an advantage whose baseline is the group's, got {config.advantage}, under which equal "
+                "rewards may have signal; say algorithm.zero_signal: keep"
+            )
 
     def advantages(
         self, rewards: npt.NDArray, group_index: npt.NDArray, tokens: npt.NDArray | None = None

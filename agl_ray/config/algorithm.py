@@ -23,7 +23,7 @@ Aggregation = Literal[
 PRESETS: dict[str, dict[str, Any]] = {
     "grpo": {},
     "dr_grpo": {"clip_high": 0.2, "aggregation": "seq-mean-token-sum-norm"},
-    "dapo": {"normalize": "group"},
+    "dapo": {"normalize": "group", "zero_signal": "refill"},
     "rloo": {"advantage": "rloo"},
     "reinforce_pp": {"advantage": "reward", "normalize": "batch", "clip_high": 0.2},
     "reinforce_pp_baseline": {"advantage": "group", "normalize": "batch", "clip_high": 0.2},
@@ -63,6 +63,13 @@ class AlgorithmConfig(Section):
     state; `credit.unit: call`), reward (no baseline), a name registered with `@agl.advantage`, or `file.py:function`."""
     normalize: Literal["none", "group", "batch"] = "none"
     """Divide the advantage by the group's standard deviation (the original GRPO), or whiten it over the whole batch (REINFORCE++)."""
+    zero_signal: Literal["keep", "refill"] = "keep"
+    """A row whose rollouts all got the same reward teaches nothing. keep: its group stays in the batch, where it counts in the denominators;
+    refill (DAPO's dynamic sampling): it leaves the batch, and a further row is sampled in its place. Refill needs a group's advantages to be
+    known from its rollouts' rewards: `credit` at its defaults, an advantage whose baseline is the group's, `normalize` not batch."""
+    refill_batches: PositiveFloat = 4.0
+    """zero_signal refill: most further groups of one step, in batches (times `rollout.groups_per_step`). When they are used up, the step goes on
+    with the groups that have signal, and a notice says so."""
     rae_decay: Annotated[float, Field(gt=0, lt=1)] = 0.95
     """Advantage rae: how much of a role's baseline is left after a reward."""
     gigpo_gamma: Annotated[float, Field(gt=0, le=1)] = 0.95
@@ -119,6 +126,11 @@ class AlgorithmConfig(Section):
             raise ValueError(
                 "algorithm.normalize group divides by the spread of one group, and gigpo has two baselines; leave it out"
             )
+        if self.zero_signal == "refill" and self.normalize == "batch":
+            raise ValueError(
+                "algorithm.zero_signal refill looks for groups whose advantages are all 0, and normalize batch gives every group others; say "
+                "zero_signal: keep"
+            )
         for field, (switch, values) in _ACTS_WITH.items():
             changed = getattr(self, field) != type(self).model_fields[field].default
             if changed and getattr(self, switch) not in values:
@@ -134,6 +146,7 @@ _ACTS_WITH: dict[str, tuple[str, tuple[str, ...]]] = {
         "aggregation",
         ("seq-mean-token-mean", "seq-mean-token-sum", "seq-mean-token-sum-norm"),
     ),
+    "refill_batches": ("zero_signal", ("refill",)),
     "rae_decay": ("advantage", ("rae",)),
     "gigpo_gamma": ("advantage", ("gigpo",)),
     "gigpo_weight": ("advantage", ("gigpo",)),

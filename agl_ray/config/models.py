@@ -276,6 +276,14 @@ class RunConfig(Section):
             raise ValueError(
                 f"algorithm.advantage {self.algorithm.advantage} needs credit.unit {needed}, got {self.credit.unit}"
             )
+        if self.algorithm.zero_signal == "refill" and self.credit != CreditConfig():
+            changed = sorted(
+                name for name, value in self.credit if value != getattr(CreditConfig(), name)
+            )
+            raise ValueError(
+                f"algorithm.zero_signal refill knows a group's advantages from its rollouts' rewards alone, and credit.{changed[0]} "
+                f"{getattr(self.credit, changed[0])!r} makes them of more; leave credit as it is or say algorithm.zero_signal: keep"
+            )
         if self.algorithm.advantage == "gigpo" and self.credit.outcome == "broadcast":
             raise ValueError(
                 "algorithm.advantage gigpo adds up the rewards of calls: with credit.outcome broadcast the rollout's own reward would "

@@ -22,6 +22,7 @@ from agl_ray.trajectory.credit import Credit, Units
 from agl_ray.trajectory.overlong import fit
 from agl_ray.trajectory.ragged import Array, Rows
 from agl_ray.trajectory.rows import build_rows
+from agl_ray.types.errors import RunError
 
 if TYPE_CHECKING:
     from agl_ray.algorithms.algorithm import Algorithm
@@ -68,6 +69,7 @@ def lay_out(
     started = time.perf_counter()
     built = build_rows(spans, batch.attempts, trajectory)
     units = (credit or Credit()).units(built.calls, spans, batch)
+    _check_decidable(units, batch, algorithm)
     after = dict(kept or {})
     advantages_U = algorithm.advantages_of(_inputs(units, after))
     rows, unrewarded = _only_of_units(built.rows, units)
@@ -111,6 +113,16 @@ def _inputs(units: Units, kept: dict[str, float]) -> AdvantageInputs:
         state=units.state,
         kept=kept,
     )
+
+
+def _check_decidable(units: Units, batch: TrainBatch, algorithm: Algorithm) -> None:
+    """Which groups had no signal was decided by their rollouts' own rewards; RunError where those are not all there is."""
+    parts = int(units.counts["rewards_of_parts"])
+    if algorithm.config.zero_signal == "refill" and parts:
+        raise RunError(
+            f"step {batch.step}: algorithm.zero_signal refill decides by the rewards of whole rollouts, and {parts} rewards of parts (calls, turns, "
+            "tags, roles) were given too; give them to the rollout or say algorithm.zero_signal: keep"
+        )
 
 
 def _only_of_units(rows: Rows, units: Units) -> tuple[Rows, float]:

@@ -48,7 +48,9 @@ class Ledger(msgspec.Struct, kw_only=True):
 
     step: int = 0
     next_row: int = 0
+    open_rows: tuple[int, ...] = ()
     dropped_groups: int = 0
+    refilled_groups: int = 0
     before: Evaluation | None = None
     after: Evaluation | None = None
     seconds: dict[str, float] = {}
@@ -78,3 +80,4 @@ class Ledger(msgspec.Struct, kw_only=True):
         )
         self.retokenized_tokens += int(metrics.get("retokenized_tokens", 0))
         self.trained_tokens += int(metrics.get("tokens_trained", 0))
+        self.refilled_groups += int(metrics.get("groups_refilled", 0))

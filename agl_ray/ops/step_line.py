@@ -24,9 +24,13 @@ def _number(name: str, form: Callable[[float], str]) -> Callable[[Row], str]:
 
 
 def _groups(row: Row) -> str:
-    """Groups with a gradient / groups in the batch."""
+    """Groups with a gradient / groups in the batch, and `+N`: groups without one that were replaced on the way."""
     valid = valid_groups(row)
-    return "-" if valid is None else f"{valid}/{int(row['groups'])}"
+    if valid is None:
+        return "-"
+    refilled = int(row.get("groups_refilled") or 0)
+    wanted = int(row["groups"]) + int(row.get("groups_short") or 0)
+    return f"{valid}/{wanted}" + (f"+{refilled}" if refilled else "")
 
 
 def _speed(row: Row) -> str:

@@ -42,12 +42,16 @@ class GroupPlan(Record, frozen=True):
 class TrainBatch(Record, frozen=True):
     """One training step. `step` counts from 1; it turns weight version `step - 1` into version `step`.
 
-    next_row: how many rows had been handed out when it was made, so that a run resumed from it goes on behind them.
+    groups: fewer than the step's slots, or none, where no more groups with signal were found (`algorithm.zero_signal: refill`). next_row:
+    how many rows had been handed out when it was made, and open_rows: which of them to batches that are not yet journalled, so that a
+    run resumed from it goes on with those. sampled: counts of what was sampled for it, for the step's metrics.
     """
 
     step: int
     groups: tuple[GroupPlan, ...]
     next_row: int = 0
+    open_rows: tuple[int, ...] = ()
+    sampled: dict[str, float] = {}
 
     @property
     def members(self) -> list[Member]:
@@ -58,3 +62,15 @@ class TrainBatch(Record, frozen=True):
     def attempts(self) -> list[tuple[str, str]]:
         """(rollout_id, attempt_id) of all members, group by group: what `store.read_spans` takes."""
         return [(member.rollout_id, member.attempt_id) for member in self.members]
+
+    @property
+    def metrics(self) -> dict[str, float | None]:
+        """What the step's metrics say of the batch; reward is None where it has no groups."""
+        rewards = [member.reward for member in self.members]
+        return {
+            "step": self.step,
+            "reward": sum(rewards) / len(rewards) if rewards else None,
+            "groups": len(self.groups),
+            "rollouts": len(rewards),
+            **self.sampled,
+        }

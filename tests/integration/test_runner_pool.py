@@ -13,6 +13,7 @@ from actors.rollout_groups import GroupRollouts
 from actors.runner_pool import RunnerPool
 from actors.store import create_store
 from agl_ray.config import RunConfig
+from agl_ray.schedule import RowPositions
 from agl_ray.store import LightningStore
 from agl_ray.types import LLM, AgentFailure, EndReason, RunError, new_id
 
@@ -60,7 +61,7 @@ async def with_pool(
         notice=notices.append,
     )
     supervision = asyncio.ensure_future(pool.supervise())
-    groups = GroupRollouts(settings, store, rows, resources.resources_id, first_position=0)
+    groups = GroupRollouts(settings, store, rows, resources.resources_id, positions=RowPositions())
     try:
         return await asyncio.wait_for(work(groups), 120), notices
     finally:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import pytest
 
+from agl_ray.algorithms.algorithm import make_algorithm
 from agl_ray.config.algorithm import PRESETS, AlgorithmConfig
 from agl_ray.config.load import validate
 from agl_ray.types import ConfigError
@@ -34,12 +35,33 @@ def test_an_unknown_name_lists_the_known_ones() -> None:
         ({"dual_clip": 3.0, "name": "gspo"}, "algorithm.dual_clip acts with loss: clip only"),
         ({"tis_cap": 3.0}, "algorithm.tis_cap acts with correction: tis or seq-tis only"),
         ({"unit": "row"}, "algorithm.unit acts with aggregation: seq-mean"),
+        ({"refill_batches": 2.0}, "algorithm.refill_batches acts with zero_signal: refill only"),
+        ({"name": "dapo", "normalize": "batch"}, "normalize batch gives every group others"),
         ({"icepop_low": 6.0}, "algorithm.icepop_low must be below"),
     ],
 )
 def test_a_switch_that_would_do_nothing_is_refused(given: dict[str, object], words: str) -> None:
     with pytest.raises(ConfigError, match=words):
         validate({**BASE, "algorithm": given})
+
+
+@pytest.mark.parametrize(
+    "credit",
+    [{"unit": "call"}, {"unit": "role"}, {"outcome": "none"}, {"weights": {"style": 1.0}}],
+)
+def test_refill_is_refused_where_rewards_of_rollouts_do_not_decide(
+    credit: dict[str, object],
+) -> None:
+    words = f"zero_signal refill knows .* credit.{next(iter(credit))} .* say algorithm.zero_signal: keep"
+    with pytest.raises(ConfigError, match=words):
+        validate({**BASE, "algorithm": {"name": "dapo"}, "credit": credit})
+    kept = {"name": "dapo", "zero_signal": "keep"}
+    assert validate({**BASE, "algorithm": kept, "credit": credit}).algorithm.zero_signal == "keep"
+
+
+def test_refill_is_refused_where_equal_rewards_may_have_signal() -> None:
+    with pytest.raises(ConfigError, match="expected an advantage whose baseline is the group's"):
+        make_algorithm(AlgorithmConfig(advantage="reward", zero_signal="refill"))
 
 
 def test_the_defaults_are_the_safe_ones() -> None:

@@ -7,6 +7,7 @@ from pathlib import Path
 from typing import Any
 
 import numpy as np
+import pyarrow as pa
 import pytest
 import torch
 from learner_data import call, model_folder, random_batch, table
@@ -161,6 +162,36 @@ def test_a_batch_without_signal_changes_nothing_and_makes_a_version(folder: Path
     assert torch.equal(flat(learner), before)
     assert (metrics["zero_signal_groups"], metrics["rows"], metrics["updates"]) == (4, 0, 0)
     assert (learner.version, metrics["loss"], metrics["grad_norm"]) == (1, 0, 0)
+
+
+def test_a_batch_without_groups_changes_nothing_and_makes_a_version(folder: Path) -> None:
+    config = LearnerConfig()
+    learner = Learner(ALGORITHM, config, folder)
+    before = flat(learner)
+    empty = payload(table([]), TrainBatch(step=1, groups=()), config)
+    metrics = learner.train(empty)
+    assert learner.version == 1
+    assert torch.equal(flat(learner), before)
+    assert (metrics["groups"], metrics["rollouts"], metrics["tokens_trained"]) == (0, 0, 0)
+
+
+def test_refill_and_rewards_of_parts_do_not_go_together(folder: Path) -> None:
+    spans, batch = random_batch(1)
+    member = batch.members[0]
+    attempt = {"rollout_id": member.rollout_id, "attempt_id": member.attempt_id}
+    part = {
+        "span_id": "r",
+        "name": "reward",
+        "kind": "reward",
+        "reward": 1.0,
+        "reward_target": "turn:1",
+    }
+    times = {"start_ns": 0, "end_ns": 1, "status": "OK"}
+    both = pa.concat_tables([spans, table([attempt | part | times])])
+    config, dapo = LearnerConfig(), AlgorithmConfig(name="dapo")
+    assert payload(spans, batch, config, dapo).stats["rewards_of_parts"] == 0
+    with pytest.raises(RunError, match=r"1 rewards of parts .* say algorithm.zero_signal: keep"):
+        payload(both, batch, config, dapo)
 
 
 def test_groups_without_signal_count_in_the_denominator_but_are_not_run(folder: Path) -> None:

@@ -23,7 +23,7 @@ from agl_ray.ops.events import (
     event_to_dict,
 )
 from agl_ray.ops.live_display import LiveDisplay
-from agl_ray.ops.step_line import aligned, header
+from agl_ray.ops.step_line import aligned, header, named
 from agl_ray.ops.summary import make_summary
 
 STEPS = 25
@@ -165,6 +165,15 @@ def test_the_closing_screen_is_in_both() -> None:
         assert "Try next:" in text
     assert "train configs/quickstart.yaml seed=1" in "\n".join(plain())
     assert "train runs/quickstart-20261120-120000/config.json seed=1" in stream.getvalue()
+
+
+def test_the_groups_of_a_step_say_what_was_replaced_and_what_is_missing() -> None:
+    row = {"reward": 0.5, "groups": 14, "zero_signal_groups": 0}
+    refilled = {"groups_refilled": 30, "groups_short": 2}
+    assert "groups 14/14," in f"{named(StepDone(1, 2, row))},"
+    assert "groups 14/16+30," in f"{named(StepDone(1, 2, row | refilled))},"
+    nothing = {"reward": None, "groups": 0, "groups_refilled": 64, "groups_short": 16}
+    assert named(StepDone(1, 2, nothing)) == "step 1/2: groups 0/16+64, failures none"
 
 
 def test_a_narrow_screen_has_the_columns_that_fit() -> None:
