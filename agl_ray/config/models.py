@@ -9,7 +9,7 @@ from __future__ import annotations
 from pathlib import Path
 from typing import Annotated, Literal
 
-from pydantic import Field, model_validator
+from pydantic import Field, field_validator, model_validator
 
 from agl_ray.config.agent import AgentKey
 from agl_ray.config.algorithm import AlgorithmConfig
@@ -18,6 +18,7 @@ from agl_ray.config.judge import JudgeConfig
 from agl_ray.config.roles import RoleConfig, RoleName
 from agl_ray.config.runners import RunnersConfig
 from agl_ray.config.section import Fraction, NonNegative, Positive, PositiveFloat, Section
+from agl_ray.config.store_address import without_keys
 from agl_ray.config.tracing import TracingConfig
 from agl_ray.config.trajectory import TrajectoryConfig
 
@@ -189,7 +190,8 @@ class StoreConfig(Section):
     run_id: str | None = None
     """Part of every key, so that runs share a database; None = the run folder's name."""
     payload: str = "journal"
-    """Where span payloads go: `journal`, or a URI of pyarrow.fs (`file:///path`, `s3://bucket/path`, `gs://...`)."""
+    """Where span payloads go: `journal`, or a URI of pyarrow.fs (`file:///path`, `s3://bucket/path?region=...&endpoint_override=...`,
+    `gs://...`). Keys come from the environment, never from here."""
     encryption: Literal["off", "aes-gcm", "fernet"] = "off"
     """Of inputs, prompts, responses and resources at rest; keys: AGL_ENCRYPTION_KEYS, comma separated, newest first."""
     pool: PoolConfig = PoolConfig()
@@ -202,6 +204,11 @@ class StoreConfig(Section):
     door: bool = False
     """Open the store's HTTP doors (REST, OTLP, agent-lightning 1.0) beside the gateway, under /v1, /api and /proxy. Callers show AGL_STORE_API_KEY
     where that is set; without it gateway.host must be an address of this machine alone."""
+
+    @field_validator("payload")
+    @classmethod
+    def _no_keys(cls, given: str) -> str:
+        return without_keys(given)
 
 
 class TrainConfig(Section):

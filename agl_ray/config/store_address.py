@@ -49,5 +49,15 @@ def masked(url: str) -> str:
     return urlunsplit(parts._replace(netloc=f"{name.partition(':')[0]}:{MASK}@{place}"))
 
 
+def without_keys(uri: str) -> str:
+    """`uri` of files, if no secret is in it; ConfigError otherwise: it would stand in config.json and in messages."""
+    if masked(uri) != uri:
+        raise ConfigError(
+            f"store.payload: expected a URI without a secret key in it, got {masked(uri)}; give the key to every node by environment "
+            "(AWS_ACCESS_KEY_ID and AWS_SECRET_ACCESS_KEY, GOOGLE_APPLICATION_CREDENTIALS) or by the machine's role"
+        )
+    return uri
+
+
 def _is_masked(url: str) -> bool:
     return f":{MASK}@" in url

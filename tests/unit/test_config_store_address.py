@@ -6,7 +6,7 @@ from pathlib import Path
 
 import pytest
 
-from agl_ray.config.store_address import masked, store_url
+from agl_ray.config.store_address import masked, store_url, without_keys
 from agl_ray.types import ConfigError
 
 FOLDER = Path("/runs/one")
@@ -45,3 +45,11 @@ def test_a_masked_url_without_its_password_says_what_to_set(variable: str) -> No
     ) as e:
         store_url(masked(URL), FOLDER, {"DATABASE_URL": variable})
     assert "s3cr" not in str(e.value)
+
+
+def test_a_secret_in_the_address_of_files_is_refused_without_being_shown() -> None:
+    for good in ("journal", "file:///runs", "s3://bucket/runs?region=eu", "gs://anonymous@bucket"):
+        assert without_keys(good) == good
+    with pytest.raises(ConfigError, match="AWS_SECRET_ACCESS_KEY") as caught:
+        without_keys("s3://me:hidden@bucket/runs")
+    assert "hidden" not in str(caught.value)

@@ -23,6 +23,7 @@ from typing import TYPE_CHECKING, NamedTuple, TypeVar
 
 import msgspec
 
+from agl_ray.config.store_address import without_keys
 from agl_ray.store.journals.base import (
     AttemptKey,
     BatchEntry,
@@ -90,7 +91,7 @@ class Outside:
         self, journal: Journal, uri: str, over_kib: int = OVER_KIB, *, reading: bool = False
     ) -> None:
         self._inner = journal
-        self._uri = uri
+        self._uri = without_keys(uri)
         self._over = over_kib * 1024
         self._threads = ThreadPoolExecutor(NUM_THREADS, thread_name_prefix="store-payloads")
         self._files: Segments | None = None
