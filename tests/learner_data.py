@@ -124,3 +124,46 @@ def _conversation(
         )  # fmt: skip
         length, parent = (shared or 0) + len(prompt) + len(response), f"c{turn}"
     return spans
+
+
+def branching_batch(
+    seed: int, *, step: int = 1, groups: int = 3, group_size: int = 3, turns: int = 4
+) -> tuple[pa.Table, TrainBatch]:
+    """Rollouts that begin with their group's prompt; every turn leaves out some of the answer before it, so that it begins a row of its own;
+    a side question beside every other one. The first two rollouts of a group begin with the same call, of other log-probabilities."""
+    rng = np.random.default_rng([seed, step, 7])
+    spans: list[dict[str, Any]] = []
+    plans = []
+
+    def drawn(most: int) -> list[int]:
+        return rng.integers(0, VOCABULARY, int(rng.integers(1, most))).tolist()
+
+    for group in range(groups):
+        prompt, answer = drawn(12), drawn(9)
+        members = []
+        for rollout in range(group_size):
+            attempt = (f"ro-{step}-{group}-{rollout}", f"at-{step}-{group}-{rollout}")
+            length, parent = 0, None
+            for turn in range(turns):
+                asked, said = (drawn(6), drawn(9)) if turn else (prompt, drawn(9))
+                if turn == 0 and rollout < 2:
+                    said = answer
+                shared = length if parent else None
+                for name, own, made in [(f"c{turn}", asked, said)] + [
+                    (f"s{turn}", drawn(5), drawn(7))
+                ] * (turn % 2):
+                    logprobs = -np.log(VOCABULARY) + 0.5 * rng.normal(size=len(made))
+                    spans.append(
+                        call(
+                            name, own, made, attempt=attempt, parent=parent, shared=shared,
+                            versions=[(0, step - 1)], logprobs=logprobs.tolist(),
+                        )
+                    )  # fmt: skip
+                length, parent = (
+                    (shared or 0) + len(asked) + int(rng.integers(1, len(said) + 1)),
+                    f"c{turn}",
+                )
+            reward = float(rng.integers(0, 5)) / 3 + rollout
+            members.append(Member(rollout_id=attempt[0], attempt_id=attempt[1], reward=reward))
+        plans.append(GroupPlan(group_id=f"g{group}", members=tuple(members)))
+    return table(spans), TrainBatch(step=step, groups=tuple(plans))

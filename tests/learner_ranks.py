@@ -12,10 +12,11 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from learner_data import call, random_batch, table
+from learner_data import branching_batch, call, random_batch, table
 
 from agl_ray.algorithms.algorithm import make_algorithm
 from agl_ray.config.models import AlgorithmConfig, LearnerConfig
+from agl_ray.config.trajectory import TrajectoryConfig
 from agl_ray.learner import fsdp
 from agl_ray.learner.prepare import lay_out
 from agl_ray.learner.step import Learner
@@ -113,6 +114,21 @@ def job_train(
     }
 
 
+def job_branches(
+    rank: int, world_size: int, folder: Path, rows: str, settings: dict[str, Any]
+) -> dict[str, Any]:
+    """Two steps on rollouts that branch, laid out as `trajectory.rows` says."""
+    learner = make(rank, world_size, folder, **settings)
+    trajectory = TrajectoryConfig.model_validate({"rows": rows})
+    metrics = []
+    for step in (1, 2):
+        payloads = lay_out(
+            *branching_batch(9, step=step), learner.algorithm, learner.config, world_size=world_size, seed=0, trajectory=trajectory
+        )  # fmt: skip
+        metrics.append(learner.train(payloads[rank]))
+    return {"metrics": metrics, "state": learner.full_state()}
+
+
 def job_one_row(rank: int, world_size: int, folder: Path) -> dict[str, Any]:
     """A batch of a single row with signal: the second rank has nothing but an idle micro-batch."""
     learner = make(rank, world_size, folder)
@@ -165,6 +181,7 @@ def job_export(rank: int, world_size: int, folder: Path, path: Path) -> dict[str
 
 JOBS: dict[str, Callable[..., Any]] = {
     "train": job_train,
+    "branches": job_branches,
     "one_row": job_one_row,
     "die": job_die,
     "die_in_save": job_die_in_save,

@@ -2,10 +2,12 @@
 
 The position_ids way of transformers computes all T x T scores and masks most of them: on a CPU, 4096 tokens of 46-token
 rows take 4 times the whole step's time. Here the rows are cut out, padded to the longest of their like, and given to the
-ordinary SDPA as a batch: R x L x L scores, no mask. Registered with transformers as the implementation `agl_blocks`;
-a call without `blocks` (generation, a plain forward) is plain `sdpa`.
+ordinary SDPA as a batch: R x L x L scores, no mask. Of a row that shares its first tokens with the row before it (a tree,
+trajectory/tree.py) only its own tokens ask, and they see the whole row: L_own x L scores, with a mask of that size. Registered with transformers as
+the implementation `agl_blocks`; a call without `blocks` (generation, a plain forward) is plain `sdpa`.
 
-Called by learner/packing.py. tests/unit/test_learner_packing.py holds it equal to row-by-row attention.
+Called by learner/packing.py. tests/unit/test_learner_packing.py and test_learner_tree.py hold it equal to row-by-row attention.
+Legend: R rows, Q of their tokens that ask, K that they see, H and G heads of query and of key, D of a head.
 """
 
 from __future__ import annotations
@@ -23,6 +25,7 @@ from transformers.integrations.sdpa_attention import sdpa_attention_forward
 from transformers.masking_utils import sdpa_mask
 
 from agl_ray.trajectory.ragged import Array, ragged_arange
+from agl_ray.trajectory.tree import token_places
 from agl_ray.types.errors import InputError
 
 NAME = "agl_blocks"
@@ -32,46 +35,88 @@ _without_mask: ContextVar[bool] = ContextVar("agl_blocks_without_mask", default=
 
 @dataclass(frozen=True, slots=True)
 class Block:
-    """Neighbouring rows of like length.
+    """Rows of like length.
 
-    tokens: int64 [R, L], each row's places in the sequence, its last place repeated as padding. real: int64 [n], the
-    places in the flattened [R * L] that are not padding.
+    queries: int64 [R, Q], places in the sequence of each row's own tokens, and keys: int64 [R, K], of all of its tokens; the
+    last place is repeated as padding. real: int64 [n], the places in the flattened [R * Q] that are not padding. first: int64 [R], how many
+    tokens of the row come before its own ones; None: none, for any row of the block.
     """
 
-    tokens: torch.Tensor
+    queries: torch.Tensor
+    keys: torch.Tensor
     real: torch.Tensor
+    first: torch.Tensor | None
+
+    def mask(self, window: int | None) -> torch.Tensor | None:
+        """bool [R or 1, 1, Q, K], what each query sees; None where that is everything up to itself."""
+        num_queries, num_keys = self.queries.shape[1], self.keys.shape[1]
+        if self.first is None and (window is None or num_keys <= window):
+            return None
+        device = self.queries.device
+        query, key = torch.arange(num_queries, device=device), torch.arange(num_keys, device=device)
+        first = torch.zeros(1, 1, dtype=torch.int64, device=device)
+        if self.first is not None:
+            first = self.first[:, None]
+        distance = (first + query)[:, :, None] - key
+        sees = distance >= 0 if window is None else (distance >= 0) & (distance < window)
+        return sees[:, None]
 
 
-def blocks_of(lengths: Array, device: torch.device) -> list[Block]:
-    """Blocks, in order, that cover rows of these lengths; padding at most doubles a row."""
-    starts = np.cumsum(lengths) - lengths
-    blocks: list[Block] = []
-    first = 0
-    while first < len(lengths):
-        after = _end_of_block(lengths, first)
-        longest = int(lengths[first:after].max())
-        within = np.minimum(np.arange(longest)[None], lengths[first:after, None] - 1)
-        row_starts = np.arange(after - first) * longest
-        real = ragged_arange(row_starts, lengths[first:after])
+@dataclass(frozen=True, slots=True)
+class Blocks:
+    """What a micro-batch of T tokens is computed in. back: int64 [T], where the blocks' outputs, one after the other, hold each token; None
+    where they are in order."""
+
+    blocks: list[Block]
+    back: torch.Tensor | None
+
+
+def blocks_of(lengths: Array, shared: Array, device: torch.device) -> Blocks:
+    """Blocks for rows of these lengths, the first `shared` of whose tokens are those of the row before; padding at most doubles a row."""
+    own = lengths - shared
+    places, starts = token_places(lengths, shared), np.cumsum(lengths) - lengths
+    rows = np.flatnonzero(own)
+    if shared.any():  # else they stay in the order in which they were packed
+        rows = rows[np.lexsort((-lengths[rows], -own[rows], shared[rows] > 0))]
+    blocks, asked = [], []
+    for first, after in _alike(own[rows], lengths[rows], shared[rows] > 0):
+        some = rows[first:after]
+        begins, sizes, asks = starts[some], lengths[some], own[some]
+        keys = places[begins[:, None] + _up_to(sizes)]
+        queries = places[(begins + shared[some])[:, None] + _up_to(asks)]
+        real = ragged_arange(np.arange(len(some)) * asks.max(), asks)
         blocks.append(
             Block(
-                torch.from_numpy(starts[first:after, None] + within).to(device),
+                torch.from_numpy(queries).to(device),
+                torch.from_numpy(keys).to(device),
                 torch.from_numpy(real).to(device),
+                torch.from_numpy(shared[some]).to(device) if shared[some].any() else None,
             )
         )
-        first = after
-    return blocks
+        asked.append(queries.flatten()[real])
+    if not shared.any():
+        return Blocks(blocks, None)
+    return Blocks(blocks, torch.from_numpy(np.argsort(np.concatenate(asked))).to(device))
 
 
-def _end_of_block(lengths: Array, first: int) -> int:
-    longest = shortest = int(lengths[first])
-    after = first + 1
-    while after < len(lengths):
-        longest, shortest = max(longest, int(lengths[after])), min(shortest, int(lengths[after]))
-        if longest > 2 * shortest:
-            break
-        after += 1
-    return after
+def _up_to(sizes: Array) -> Array:
+    """int64 [R, longest]: 0, 1, ... of each row, its last place repeated."""
+    return np.minimum(np.arange(sizes.max())[None], sizes[:, None] - 1)
+
+
+def _alike(own: Array, lengths: Array, masked: Array) -> Iterator[tuple[int, int]]:
+    """Runs of rows none of which is more than twice another in either length; rows with and without a mask stay apart."""
+    sizes = np.stack([own, lengths, 1 + 2 * masked]).T
+    first = 0
+    low = high = sizes[:1].copy()
+    for after in range(len(own)):
+        low, high = np.minimum(low, sizes[after]), np.maximum(high, sizes[after])
+        if (high > 2 * low).any():
+            yield first, after
+            first = after
+            low = high = sizes[after]
+    if len(own):
+        yield first, len(own)
 
 
 @contextmanager
@@ -94,11 +139,11 @@ def _attention(
     key: torch.Tensor,
     value: torch.Tensor,
     attention_mask: torch.Tensor | None,
-    blocks: list[Block] | None = None,
+    blocks: Blocks | None = None,
     sliding_window: int | None = None,
     **kwargs: Any,
 ) -> tuple[torch.Tensor, None]:
-    """query [1, H, T, D], key and value [1, K, T, D] -> [1, T, H, D]."""
+    """query [1, H, T, D], key and value [1, G, T, D] -> [1, T, H, D]."""
     if blocks is None and _without_mask.get():
         raise InputError(
             f"model {type(module).__name__}: expected its layers to pass `blocks` on to the attention, got none, and rows of a "
@@ -106,22 +151,16 @@ def _attention(
         )
     if blocks is None:
         return sdpa_attention_forward(module, query, key, value, attention_mask, **kwargs)
+    query_THD, key_TGD, value_TGD = (part[0].transpose(0, 1) for part in (query, key, value))
     outputs = []
-    for block in blocks:
-        q_RHLD, k_RKLD, v_RKLD = (
-            part[0].transpose(0, 1)[block.tokens].transpose(1, 2) for part in (query, key, value)
-        )
-        mask = _window_mask(block.tokens.shape[1], sliding_window, query.device)
-        out_RLHD, _ = sdpa_attention_forward(module, q_RHLD, k_RKLD, v_RKLD, mask, **kwargs)
-        outputs.append(out_RLHD.flatten(0, 1)[block.real])
-    return torch.cat(outputs)[None], None
-
-
-def _window_mask(length: int, window: int | None, device: torch.device) -> torch.Tensor | None:
-    if window is None or length <= window:
-        return None
-    distance = torch.arange(length, device=device)[:, None] - torch.arange(length, device=device)
-    return ((distance >= 0) & (distance < window))[None, None]
+    for block in blocks.blocks:
+        q_RHQD = query_THD[block.queries].transpose(1, 2)
+        k_RGKD, v_RGKD = (part[block.keys].transpose(1, 2) for part in (key_TGD, value_TGD))
+        mask = block.mask(sliding_window)
+        out_RQHD, _ = sdpa_attention_forward(module, q_RHQD, k_RGKD, v_RGKD, mask, **kwargs)
+        outputs.append(out_RQHD.flatten(0, 1)[block.real])
+    out_THD = torch.cat(outputs)
+    return (out_THD if blocks.back is None else out_THD[blocks.back])[None], None
 
 
 AttentionInterface.register(NAME, _attention)

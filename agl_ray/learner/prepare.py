@@ -16,18 +16,20 @@ import numpy as np
 import pyarrow as pa
 
 from agl_ray.algorithms.base import AdvantageInputs
+from agl_ray.config.trajectory import TrajectoryConfig
+from agl_ray.learner.layouts import LAYOUTS, Layout
 from agl_ray.learner.packing import Packed, pack
 from agl_ray.trajectory.batch import TrainBatch
 from agl_ray.trajectory.credit import Credit, Units
 from agl_ray.trajectory.overlong import fit
 from agl_ray.trajectory.ragged import Array, Rows
 from agl_ray.trajectory.rows import build_rows
+from agl_ray.trajectory.tree import Tree
 from agl_ray.types.errors import RunError
 
 if TYPE_CHECKING:
     from agl_ray.algorithms.algorithm import Algorithm
     from agl_ray.config.models import LearnerConfig
-    from agl_ray.config.trajectory import TrajectoryConfig
 
 
 @dataclass(frozen=True, slots=True)
@@ -63,10 +65,11 @@ def lay_out(
     """The payload of each rank.
 
     spans: of the attempts of `batch.attempts`, as `store.read_spans` gives them. The scales of the tokens are taken over the whole batch,
-    rows of advantage 0 included, times the number of updates. `seed` and the step choose which rows go into which update where there
+    rows of advantage 0 included, times the number of updates. `seed` and the step choose which rollouts go into which update where there
     are several. trajectory, credit: None for the defaults. kept: what the advantage function kept from the step before.
     """
     started = time.perf_counter()
+    trajectory = trajectory or TrajectoryConfig()
     built = build_rows(spans, batch.attempts, trajectory)
     units = (credit or Credit()).units(built.calls, spans, batch)
     _check_decidable(units, batch, algorithm)
@@ -74,8 +77,8 @@ def lay_out(
     advantages_U = algorithm.advantages_of(_inputs(units, after))
     rows, unrewarded = _only_of_units(built.rows, units)
     rows, stay, dropped = fit(rows, config.max_row_tokens, trajectory)
-    row = rows.row_of_token
-    scales = algorithm.scales(rows.weights, built.attempt[stay][row], row)
+    row, attempt = rows.row_of_token, built.attempt[stay]
+    scales = algorithm.scales(rows.weights, attempt[row], row)
     unit = units.of_call[rows.columns["call"]]
     rows = _with_streams(rows, np.append(advantages_U, 0.0)[unit], scales)
     stats = {
@@ -91,10 +94,11 @@ def lay_out(
     if algorithm.skip_zero_advantage:
         there = (rows.weights != 0) & (rows.columns["advantages"] != 0)
         chosen = np.flatnonzero(np.bincount(row, weights=there, minlength=len(rows)))
-        rows = rows.take(chosen)
-    stats |= {"rows": float(len(rows)), "tokens_forward": float(len(rows.ids))}
-    parts = _split(rows, config.minibatches, world_size, np.random.default_rng([seed, batch.step]))
-    updates = _pack_alike(rows, parts, config.tokens_per_microbatch)
+        rows, attempt = rows.take(chosen), attempt[chosen]
+    parts = _split(attempt, config.minibatches, np.random.default_rng([seed, batch.step]))
+    layout = LAYOUTS[trajectory.rows]
+    updates, forward = _pack_alike(rows, parts, layout, world_size, config.tokens_per_microbatch)
+    stats |= {"rows": float(len(rows)), **forward}
     stats["seconds_layout"] = time.perf_counter() - started
     return [
         Payload(batch.step, [update[rank] for update in updates], stats, after)
@@ -160,39 +164,38 @@ def _with_streams(rows: Rows, advantages: Array, scale: Array) -> Rows:
     return replace(rows, columns=streams)
 
 
-def _split(
-    rows: Rows, minibatches: int, world_size: int, rng: np.random.Generator
-) -> list[list[Array]]:
-    """Row indices by update and rank. Updates take rows at random, ranks so that they have about as many tokens each."""
-    order = rng.permutation(len(rows)) if minibatches > 1 else np.arange(len(rows))
-    updates = [part for part in np.array_split(order, minibatches) if len(part)]
-    return [_share(rows.lengths, part, world_size) for part in updates]
+def _split(attempt: Array, minibatches: int, rng: np.random.Generator) -> list[Array]:
+    """Row indices by update. Updates take rollouts at random, each with all of its rows, however it was cut into them."""
+    owners, owner = np.unique(attempt, return_inverse=True)
+    order = rng.permutation(len(owners)) if minibatches > 1 else np.arange(len(owners))
+    turn = np.argsort(order)
+    rows = np.argsort(turn[owner], kind="stable")
+    counts = [np.isin(owner, part).sum() for part in np.array_split(order, minibatches)]
+    return [part for part in np.split(rows, np.cumsum(counts)[:-1]) if len(part)]
 
 
-def _share(lengths: Array, part: Array, world_size: int) -> list[Array]:
-    """Longest row first, each to the rank that has the fewest tokens."""
-    shares: list[list[int]] = [[] for _ in range(world_size)]
-    loads = [0] * world_size
-    for row in part[np.argsort(-lengths[part], kind="stable")].tolist():
-        rank = loads.index(min(loads))
-        shares[rank].append(row)
-        loads[rank] += int(lengths[row])
-    return [np.array(share, np.int64) for share in shares]
+def _pack_alike(
+    rows: Rows, parts: list[Array], layout: Layout, world_size: int, tokens: int
+) -> tuple[list[list[Update]], dict[str, float]]:
+    """Updates by [update][rank], and the step's metrics of the tokens that they run forward.
 
-
-def _pack_alike(rows: Rows, parts: list[list[Array]], tokens: int) -> list[list[Update]]:
-    """Updates by [update][rank]. FSDP's collectives need as many micro-batches on every rank: the missing ones count nothing.
-
-    Each of several updates has a part of the rows, so its tokens weigh that many times more."""
+    FSDP's collectives need as many micro-batches on every rank: the missing ones count nothing. Each of several updates has a part
+    of the rows, so its tokens weigh that many times more."""
     rows = replace(rows, columns={**rows.columns, "scale": rows.columns["scale"] * len(parts)})
-    updates = []
-    for shares in parts:
-        packed = [pack(rows.take(share), tokens) if len(share) else [] for share in shares]
+    updates, forward = [], 0
+    for part in parts:
+        shares = layout.share(rows, part, world_size)
+        packed = [layout.pack(rows.take(share), tokens) for share in shares]
+        forward += sum(micro.num_tokens for micros in packed for micro in micros)
         most = max(len(micros) for micros in packed)
-        idle = _idle(rows.take(shares[0][:1]))
-        filler = pack(idle, tokens)[0]
+        filler = pack(_idle(rows.take(part[:1])), tokens)[0]
         updates.append([Update(micros + [filler] * (most - len(micros))) for micros in packed])
-    return updates
+    least = sum(Tree.of(rows.take(part)).num_tokens for part in parts)
+    return updates, {
+        "tokens_forward": float(forward),
+        "tokens_shared": float(len(rows.ids) - forward),
+        "tokens_repeated": float(forward - least),
+    }
 
 
 def _idle(row: Rows) -> Rows:

@@ -34,6 +34,8 @@ Of the update: loss, grad_norm (before clipping), lr, updates (their number; los
 clip_high_fraction, corrected_fraction (shares of the trained tokens), entropy (mean -log pi_old of the sampled tokens, nats).
 Learner against engine, on tokens made by the current version: tokens_current, max_logprob_diff (nats), engine_kl (mean k3, nats).
 max_token_age: weight versions between a token and this step. Counts: tokens_trained, tokens_forward (their context included),
+tokens_shared (of the rows, but not run forward: `trajectory.rows: tree` runs a beginning that rows share once), tokens_repeated (run forward more
+than once in an update: rows that begin alike without `tree`, or with it in other micro-batches or on other ranks),
 tokens_of_batch (of all kept rows), tokens_made (by all calls; what of them is not in tokens_of_batch is in tokens_dropped_failed, _greedy,
 _constrained, _frozen, _unrewarded, _overlong), tokens_merged (context tokens that calls share and rows therefore hold once), rows, rows_truncated,
 rows_dropped_overlong, rows_dropped_empty, groups, zero_signal_groups (no unit of them has an advantage but 0), units (of credit),

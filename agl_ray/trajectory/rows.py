@@ -6,6 +6,7 @@ tree over exact token ids: turns, sub-agents, branches, compaction, interleaved 
     merge-prefix  one row per leaf of that tree: a conversation whose turns extend each other exactly is one row; where a turn shares
                   only part of its parent, the tree branches and the shared tokens are trained in the first of the rows
     per-call      one row per call, its whole prompt as context
+    tree          the rows of merge-prefix; what they share at their beginnings is run forward once (trajectory/tree.py)
 
 Called by learner/prepare.py on rank 0. Python loops run over calls, numpy over tokens. Test it alone with
 tests/unit/test_trajectory_rows.py. Legend: C calls, N tokens of all rows, R rows, K stretches.
@@ -118,6 +119,7 @@ def _per_call(calls: Calls) -> Layout:
 POLICIES: dict[str, Callable[[Calls], Layout]] = {
     "merge-prefix": _merge_prefix,
     "per-call": _per_call,
+    "tree": _merge_prefix,
 }
 
 

@@ -69,6 +69,17 @@ def test_two_ranks_with_tied_embeddings(tmp_path: Path) -> None:
         assert torch.equal(left, right), name
 
 
+@pytest.mark.parametrize("settings", [{}, {"minibatches": 2, "tokens_per_microbatch": 1000}])
+def test_a_tree_on_two_ranks_equals_its_rows_on_one(folder: Path, settings: dict[str, Any]) -> None:
+    (rows,) = learner_ranks.run(1, "branches", folder, "merge-prefix", settings)
+    tree, second = learner_ranks.run(2, "branches", folder, "tree", settings)
+    assert_close(rows, tree)
+    for before, after in zip(rows["metrics"], tree["metrics"], strict=True):
+        assert after["tokens_forward"] + after["tokens_shared"] == before["tokens_forward"]
+        assert after["tokens_shared"] > 0
+    assert second["metrics"][1]["loss"] == tree["metrics"][1]["loss"]
+
+
 def test_a_rank_without_rows_keeps_step(folder: Path) -> None:
     (one,) = learner_ranks.run(1, "one_row", folder)
     first, _ = learner_ranks.run(2, "one_row", folder)

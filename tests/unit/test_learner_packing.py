@@ -115,10 +115,14 @@ def test_a_sliding_window_is_kept_inside_each_row() -> None:
 
 def test_blocks_cover_all_tokens_once_and_hold_rows_of_like_length() -> None:
     lengths = np.array([40, 39, 21, 19, 8, 3, 1, 1])
-    blocks = blocks_of(lengths, torch.device("cpu"))
-    covered = torch.cat([block.tokens.flatten()[block.real] for block in blocks])
+    made = blocks_of(lengths, np.zeros(8, np.int64), torch.device("cpu"))
+    covered = torch.cat([block.queries.flatten()[block.real] for block in made.blocks])
     assert covered.tolist() == list(range(int(lengths.sum())))
-    assert [block.tokens.shape for block in blocks] == [(3, 40), (1, 19), (1, 8), (1, 3), (2, 1)]
+    shapes = [tuple(block.queries.shape) for block in made.blocks]
+    assert shapes == [(3, 40), (1, 19), (1, 8), (1, 3), (2, 1)]
+    assert all(torch.equal(block.queries, block.keys) for block in made.blocks)
+    assert made.back is None
+    assert all(block.mask(None) is None for block in made.blocks)
 
 
 def test_temperature_divides_the_logits() -> None:

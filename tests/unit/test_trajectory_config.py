@@ -18,7 +18,7 @@ def test_the_defaults() -> None:
 @pytest.mark.parametrize(
     ("given", "words"),
     [
-        ({"rows": "tree"}, "trajectory.rows.*merge-prefix.*per-call"),
+        ({"rows": "trees"}, "trajectory.rows.*merge-prefix.*per-call.*tree"),
         ({"overlong": "middle"}, "trajectory.overlong.*drop.*truncate"),
         ({"row": "per-call"}, "trajectory.row"),
     ],
