@@ -19,6 +19,7 @@ from typing import TYPE_CHECKING, Any
 
 from agl_ray.algorithms.algorithm import make_algorithm
 from agl_ray.config import RunConfig
+from agl_ray.config.algorithm import located_reference
 from agl_ray.config.load import resolved_json
 from agl_ray.config.model_folder import cached_model, check_model_folder
 from agl_ray.config.roles import located_roles
@@ -94,7 +95,8 @@ class Trainer:
         if self.config.model.path is not None:
             check_model_folder(Path(self.config.model.path))
         roles = located_roles(self.config.roles, self.base)
-        self.config = self.config.model_copy(update={"roles": roles})
+        algorithm = located_reference(self.config.algorithm, self.base)
+        self.config = self.config.model_copy(update={"roles": roles, "algorithm": algorithm})
         self.config = _located(self.config)
         folder = Path(resume).resolve() if resume else make_run_folder(self.config, self.base)
         (folder / "config.json").write_text(resolved_json(self.config))

@@ -85,8 +85,10 @@ def train(learner: Learner, steps: range, minibatches: int = 1) -> list[dict[str
 
 
 def make(rank: int, world_size: int, folder: Path, **settings: Any) -> Learner:
+    """settings: of LearnerConfig, and `algorithm`, those of AlgorithmConfig."""
+    algorithm = AlgorithmConfig.model_validate(settings.pop("algorithm", {}))
     config = LearnerConfig(**{"tokens_per_microbatch": 50, "warmup_steps": 3, **settings})
-    return Learner(ALGORITHM, config, folder, rank=rank, world_size=world_size)
+    return Learner(algorithm, config, folder, rank=rank, world_size=world_size)
 
 
 def job_train(

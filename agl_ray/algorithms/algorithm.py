@@ -12,6 +12,7 @@ from typing import TYPE_CHECKING
 import numpy as np
 import numpy.typing as npt
 
+from agl_ray.algorithms import kl
 from agl_ray.algorithms.aggregation import token_scales
 from agl_ray.algorithms.base import AdvantageInputs, LossInputs, LossOutputs, without_signal
 from agl_ray.algorithms.correction import correction
@@ -26,12 +27,13 @@ TINY = 1e-6  # added to a standard deviation
 
 
 class Algorithm:
-    """`skip_zero_advantage`: a token of advantage 0 adds nothing to the loss, so that its row need not be run forward."""
-
-    skip_zero_advantage = True
+    """skip_zero_advantage: a token of advantage 0 adds nothing to the loss, so that its row need not be run forward.
+    late_advantages: they need the model's log-probabilities, so the learner has them made, not the layout (learner/prepare.py)."""
 
     def __init__(self, config: AlgorithmConfig, base: Path | None = None) -> None:
         self.config = config
+        self.skip_zero_advantage = not (config.kl.in_loss or config.kl.in_reward)
+        self.late_advantages = config.kl.in_reward
         for place in config.imports:
             load_module(place, base or Path.cwd())
         self._advantage = find_advantage(config.advantage, base)
@@ -98,7 +100,13 @@ class Algorithm:
         counted = inputs.weights
         sums = {name: (counted * mark.detach()).sum() for name, mark in marks.items()}
         sums["corrected_fraction"] = (counted * cut).sum()
-        return LossOutputs(-(counted * inputs.scale * weight * gain).sum(), sums)
+        loss = -(counted * inputs.scale * weight * gain).sum()
+        if self.config.kl.in_loss:
+            term = kl.loss_term(inputs, weight, self.config.kl)
+            loss = (
+                loss + (self.config.kl.coefficient or 0.0) * (counted * inputs.scale * term).sum()
+            )
+        return LossOutputs(loss, sums)
 
 
 def make_algorithm(config: AlgorithmConfig, base: Path | None = None) -> Algorithm:

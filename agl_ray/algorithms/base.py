@@ -1,6 +1,6 @@
 """What an algorithm is made of: an advantage for every unit of credit, and a gain for every token. One file each.
 
-    loss = - sum_t scale_t w_t gain_t
+    loss = - sum_t scale_t w_t gain_t   + the term of kl.py, where it is switched on
 
 `gain_t` comes from a policy-loss function (grpo.py, gspo.py, ...), the advantages inside it from an advantage function (grpo.py,
 rloo.py, ...), `w_t` from correction.py, `scale_t` from aggregation.py. Functions are found by name (`agl_ray.algorithms.registry`).
@@ -59,6 +59,7 @@ class LossInputs:
     engine_logprobs: log mu, the engine's that sampled. advantages: of the unit of credit that the token belongs to. weights: 1 where the
     token counts, else 0 (there the other streams mean nothing but are finite). scale: what a counted token adds to the loss, over
     all micro-batches and ranks (aggregation.py). sequence: int64 [T], the row that the token belongs to, 0 .. num_sequences - 1.
+    reference_logprobs: the reference model's, where there is one (`algorithm.kl`).
     """
 
     logprobs: torch.Tensor
@@ -69,6 +70,7 @@ class LossInputs:
     scale: torch.Tensor
     sequence: torch.Tensor
     num_sequences: int
+    reference_logprobs: torch.Tensor | None = None
 
     def over_sequences(self, values: torch.Tensor, *, mean: bool) -> torch.Tensor:
         """[S]: the sum (or mean) of `values` [T] over the counted tokens of each sequence; 0 where a sequence has none."""

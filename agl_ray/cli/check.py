@@ -69,6 +69,8 @@ def config_findings(config: RunConfig, base: Path) -> Iterator[Finding]:
     for key, source in (("data.train", config.data.train), ("data.val", config.data.val)):
         yield attempt(key, lambda source=source: _rows(config, source, base))  # type: ignore[misc]
     yield attempt("agent", lambda: _agent(config, base))
+    if config.algorithm.kl.on:
+        yield attempt("reference", lambda: _reference(config, base))
     if config.judge.on:
         yield attempt("judge", lambda: _judge(config, base))
     if config.roles:
@@ -106,6 +108,12 @@ def _model(config: RunConfig, base: Path) -> str:
     path = find(config.model.path, base) or Path(config.model.path)
     check_model_folder(path)
     return str(path)
+
+
+def _reference(config: RunConfig, base: Path) -> str:
+    from agl_ray.config.kl import reference_folder
+
+    return str(reference_folder(config.algorithm.kl, base) or "the base model")
 
 
 def _roles(config: RunConfig, base: Path) -> str:

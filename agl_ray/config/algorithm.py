@@ -6,10 +6,12 @@ means what it says. The switches themselves are in agl_ray/algorithms, one file 
 
 from __future__ import annotations
 
+from pathlib import Path
 from typing import Annotated, Any, Literal
 
 from pydantic import Field, model_validator
 
+from agl_ray.config.kl import KLConfig, reference_folder
 from agl_ray.config.section import PositiveFloat, Section
 
 Aggregation = Literal[
@@ -107,6 +109,7 @@ class AlgorithmConfig(Section):
     """Upper end of that band."""
     geometric_band: PositiveFloat = 0.01
     """geometric-mask: a sequence is kept where exp(mean log k) is within 1 +- this."""
+    kl: KLConfig = KLConfig()
 
     @model_validator(mode="before")
     @classmethod
@@ -131,6 +134,15 @@ class AlgorithmConfig(Section):
                 "algorithm.zero_signal refill looks for groups whose advantages are all 0, and normalize batch gives every group others; say "
                 "zero_signal: keep"
             )
+        if self.zero_signal == "refill" and self.kl.in_reward:
+            raise ValueError(
+                "algorithm.zero_signal refill knows a group's advantages from its rollouts' rewards alone, and algorithm.kl.where reward changes "
+                "them later; use where: loss, or say zero_signal: keep"
+            )
+        if self.advantage == "maxrl" and self.kl.in_reward:
+            raise ValueError(
+                "algorithm.kl.where reward makes rewards negative, and advantage maxrl needs rewards of 0 or more; use where: loss"
+            )
         for field, (switch, values) in _ACTS_WITH.items():
             changed = getattr(self, field) != type(self).model_fields[field].default
             if changed and getattr(self, switch) not in values:
@@ -139,6 +151,16 @@ class AlgorithmConfig(Section):
                     f"{getattr(self, switch)!r}; leave it out"
                 )
         return self
+
+
+def located_reference(config: AlgorithmConfig, base: Path) -> AlgorithmConfig:
+    """With the folder of `kl.reference` as it is found from anywhere. InputError where it is neither a model folder nor a checkpoint.
+    base: folder of the configuration file."""
+    folder = reference_folder(config.kl, base)
+    if folder is None:
+        return config
+    kl = config.kl.model_copy(update={"reference": str(folder)})
+    return config.model_copy(update={"kl": kl})
 
 
 _ACTS_WITH: dict[str, tuple[str, tuple[str, ...]]] = {

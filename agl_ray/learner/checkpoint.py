@@ -17,6 +17,7 @@ from typing import Any
 import torch
 import torch.distributed as dist
 import torch.distributed.checkpoint as dcp
+from torch.distributed.checkpoint.api import CheckpointException
 from torch.distributed.checkpoint.state_dict import (
     get_model_state_dict,
     get_optimizer_state_dict,
@@ -77,6 +78,20 @@ def load(path: str | Path, model: Any, optimizer: torch.optim.Optimizer) -> dict
         torch.set_rng_state(state[_rng_key()])
     position: dict[str, Any] = json.loads((folder / POSITION).read_text())
     return position
+
+
+def load_model_only(path: str | Path, model: Any) -> None:
+    """Restore the model alone in place (all ranks call it), as a reference to compare with. InputError where the checkpoint is of another model."""
+    state = {"model": get_model_state_dict(model)}
+    try:
+        with _alone_is_fine():
+            dcp.load(state, storage_reader=dcp.FileSystemReader(Path(path)))
+    except (RuntimeError, ValueError, CheckpointException) as error:
+        cause = " ".join(str(error).split())[:200]
+        raise InputError(
+            f"checkpoint {path}: expected one of this run's model, it is of another one: {cause}"
+        ) from error
+    set_model_state_dict(model, state["model"])
 
 
 @contextmanager

@@ -42,12 +42,14 @@ class Update:
 @dataclass(frozen=True, slots=True)
 class Payload:
     """One rank's work for step `step`. `stats` are counts over the whole batch, the same on every rank. kept: what the advantage function
-    keeps from this step on."""
+    keeps from this step on. units: where the advantages are still to be made (`Algorithm.late_advantages`, `with_advantages`); then a column
+    `unit` says which of them each token belongs to, U where to none."""
 
     step: int
     updates: list[Update]
     stats: Mapping[str, float]
     kept: Mapping[str, float]
+    units: Units | None = None
 
 
 def lay_out(
@@ -74,13 +76,19 @@ def lay_out(
     units = (credit or Credit()).units(built.calls, spans, batch)
     _check_decidable(units, batch, algorithm)
     after = dict(kept or {})
-    advantages_U = algorithm.advantages_of(_inputs(units, after))
+    late = algorithm.late_advantages
+    advantages_U = (
+        np.zeros(len(units.reward)) if late else algorithm.advantages_of(_inputs(units, after))
+    )
     rows, unrewarded = _only_of_units(built.rows, units)
     rows, stay, dropped = fit(rows, config.max_row_tokens, trajectory)
     row, attempt = rows.row_of_token, built.attempt[stay]
     scales = algorithm.scales(rows.weights, attempt[row], row)
     unit = units.of_call[rows.columns["call"]]
     rows = _with_streams(rows, np.append(advantages_U, 0.0)[unit], scales)
+    if late:
+        unit_of_token = np.where(unit < 0, len(units.reward), unit)
+        rows = replace(rows, columns={**rows.columns, "unit": unit_of_token})
     stats = {
         **built.counts(),
         **units.counts,
@@ -91,19 +99,46 @@ def lay_out(
         "tokens_dropped_unrewarded": unrewarded,
         "tokens_of_batch": float(rows.weights.sum()),
     }
+    there = rows.weights != 0
     if algorithm.skip_zero_advantage:
-        there = (rows.weights != 0) & (rows.columns["advantages"] != 0)
-        chosen = np.flatnonzero(np.bincount(row, weights=there, minlength=len(rows)))
-        rows, attempt = rows.take(chosen), attempt[chosen]
+        there &= rows.columns["advantages"] != 0
+    chosen = np.flatnonzero(np.bincount(row, weights=there, minlength=len(rows)))
+    rows, attempt = rows.take(chosen), attempt[chosen]
     parts = _split(attempt, config.minibatches, np.random.default_rng([seed, batch.step]))
     layout = LAYOUTS[trajectory.rows]
     updates, forward = _pack_alike(rows, parts, layout, world_size, config.tokens_per_microbatch)
     stats |= {"rows": float(len(rows)), **forward}
     stats["seconds_layout"] = time.perf_counter() - started
     return [
-        Payload(batch.step, [update[rank] for update in updates], stats, after)
+        Payload(
+            batch.step, [update[rank] for update in updates], stats, after, units if late else None
+        )
         for rank in range(world_size)
     ]
+
+
+def with_advantages(payload: Payload, penalty: Array, algorithm: Algorithm) -> Payload:
+    """A late payload with its advantages, of rewards less `penalty` [U]. On every rank the same, since all have all units."""
+    if payload.units is None:
+        raise ValueError("Payload.units: expected the units of a late layout, got none")
+    units = replace(payload.units, reward=payload.units.reward - penalty)
+    kept = dict(payload.kept)
+    advantages_U = algorithm.advantages_of(_inputs(units, kept))
+    of_unit = np.append(advantages_U, 0.0).astype(np.float32)
+    updates = [
+        Update([_of_units(micro, of_unit) for micro in update.micros]) for update in payload.updates
+    ]
+    stats = {
+        **payload.stats,
+        **_signal(advantages_U, units, int(payload.stats["groups"])),
+        "kl_penalty": float(penalty.mean()) if len(penalty) else 0.0,
+    }
+    return Payload(payload.step, updates, stats, kept)
+
+
+def _of_units(micro: Packed, advantages: Array) -> Packed:
+    there = np.where(micro.weights > 0, advantages[micro.columns["unit"]], np.float32(0.0))
+    return replace(micro, columns={**micro.columns, "advantages": there})
 
 
 def _inputs(units: Units, kept: dict[str, float]) -> AdvantageInputs:

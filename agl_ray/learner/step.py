@@ -17,11 +17,13 @@ import torch
 
 from agl_ray.algorithms.algorithm import make_algorithm
 from agl_ray.algorithms.base import LossInputs
+from agl_ray.algorithms.kl import estimate
 from agl_ray.learner import checkpoint, fsdp, optim
 from agl_ray.learner.export import export
 from agl_ray.learner.model import load_model
 from agl_ray.learner.packing import Packed, token_logprobs
-from agl_ray.learner.prepare import Payload, Update
+from agl_ray.learner.prepare import Payload, Update, with_advantages
+from agl_ray.learner.reference import Known, make_reference, penalties
 from agl_ray.learner.weights import full_state
 from agl_ray.types.errors import RunError
 
@@ -31,7 +33,10 @@ if TYPE_CHECKING:
 
 METRICS = """
 Of the update: loss, grad_norm (before clipping), lr, updates (their number; loss and grad_norm are means over them, lr is the last), ratio_mean (pi / pi_old), clip_low_fraction,
-clip_high_fraction, corrected_fraction (shares of the trained tokens), entropy (mean -log pi_old of the sampled tokens, nats).
+clip_high_fraction, corrected_fraction (shares of the trained tokens), entropy (mean -log pi_old of the sampled tokens, nats). kl_old: mean k3 of the policy
+at the start of the step against the one now, nats, a mean over the updates; 0 with a single one. With a reference (`algorithm.kl`):
+kl_reference, mean k3 of the policy at the start of the step against it, nats; kl_penalty, mean of what was taken off a unit's reward
+(`where: reward`).
 Learner against engine, on tokens made by the current version: tokens_current, max_logprob_diff (nats), engine_kl (mean k3, nats).
 max_token_age: weight versions between a token and this step. Counts: tokens_trained, tokens_forward (their context included),
 tokens_shared (of the rows, but not run forward: `trajectory.rows: tree` runs a beginning that rows share once), tokens_repeated (run forward more
@@ -43,8 +48,8 @@ unit_groups, zero_signal_unit_groups, rollouts, rollouts_without_calls, rollouts
 rewards_of_parts, rewards_unplaced (of parts without a call), calls, calls_failed, calls_greedy, calls_constrained, calls_frozen, branches, retokenized_tokens
 (of all calls). reward_of.DIMENSION: mean over the rollouts that have it; reward_role.ROLE: mean over the units of a role (credit.unit call,
 role). advantage_mean, advantage_std, advantage_max (of the absolute ones): over all units.
-Seconds: seconds_read (spans from the store), seconds_layout (rows, packing), seconds_old_logprobs, seconds_forward_backward, seconds_optimizer,
-seconds_train (the last three and the rest of `train`).
+Seconds: seconds_read (spans from the store), seconds_layout (rows, packing), seconds_old_logprobs, seconds_reference, seconds_forward_backward,
+seconds_optimizer, seconds_train (the last four and the rest of `train`).
 """
 
 DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16}
@@ -77,6 +82,9 @@ class Learner:
         self.model = load_model(model_path, device)
         if world_size > 1:
             fsdp.shard(self.model, self.dtype)
+        self.reference = make_reference(
+            algorithm.kl, self.model_path, base, self.dtype, world_size=world_size, device=device
+        )
         self.optimizer = optim.make_optimizer(self.model, config)
         self.version = 0
         self.updates = 0
@@ -95,9 +103,12 @@ class Learner:
                 f"{self.version}; load the checkpoint that belongs to the run's position"
             )
         totals = _Totals(self.model.device)
-        olds = self._old_logprobs(payload, totals)
-        for update, old in zip(payload.updates, olds, strict=True):
-            self._update(update, old, totals)
+        known = self._known(payload, totals)
+        if payload.units is not None:
+            penalty = penalties(payload, known, self.algorithm.config.kl)
+            payload = with_advantages(payload, penalty, self.algorithm)
+        for update, streams in zip(payload.updates, known, strict=True):
+            self._update(update, streams, totals)
         self.version += 1
         self.kept = dict(payload.kept)
         return {**payload.stats, **totals.metrics(len(payload.updates)), "lr": self.lr}
@@ -107,24 +118,40 @@ class Learner:
         """The rate of the last update made (of the first one before any)."""
         return optim.learning_rate(self.config, max(0, self.updates - 1))
 
-    def _old_logprobs(self, payload: Payload, totals: _Totals) -> list[list[torch.Tensor | None]]:
-        """log pi_old of every micro-batch. With a single update it is the forward pass of that update: None."""
-        if len(payload.updates) < 2:
-            return [[None] * len(update.micros) for update in payload.updates]
-        with totals.timed("old_logprobs"), torch.no_grad():
-            return [
-                [self._logprobs(micro) for micro in update.micros] for update in payload.updates
-            ]
+    @torch.no_grad()
+    def _known(self, payload: Payload, totals: _Totals) -> Known:
+        """log pi_old and the reference's log-probabilities. The first, with a single update, is that update's own forward pass, unless it
+        is needed before."""
+        known: Known = [[{} for _ in update.micros] for update in payload.updates]
+        work = [
+            (micro, streams)
+            for update, of_update in zip(payload.updates, known, strict=True)
+            for micro, streams in zip(update.micros, of_update, strict=True)
+        ]
+        if len(payload.updates) > 1 or payload.units is not None:
+            with totals.timed("old_logprobs"):
+                for micro, streams in work:
+                    streams["old_logprobs"] = self._logprobs(micro)
+        if self.reference is not None:
+            totals.add(
+                {}, {"kl_reference": torch.zeros((), device=self.model.device)}
+            )  # there in a step without signal too
+            with totals.timed("reference"):
+                for micro, streams in work:
+                    streams["reference_logprobs"] = self.reference.logprobs(micro)
+        return known
 
     def _logprobs(self, micro: Packed) -> torch.Tensor:
         with fsdp.compute_in(self.model, self.dtype):
             return token_logprobs(self.model, micro)
 
-    def _update(self, update: Update, olds: list[torch.Tensor | None], totals: _Totals) -> None:
+    def _update(
+        self, update: Update, known: list[dict[str, torch.Tensor]], totals: _Totals
+    ) -> None:
         with totals.timed("forward_backward"):
-            for micro, old in zip(update.micros, olds, strict=True):
+            for micro, streams in zip(update.micros, known, strict=True):
                 logprobs = self._logprobs(micro)
-                inputs = self._inputs(micro, logprobs, old)
+                inputs = self._inputs(micro, logprobs, streams)
                 outputs = self.algorithm.loss(inputs)
                 # FSDP averages gradients over the ranks; the loss is a sum over them.
                 (outputs.loss * self.world_size).backward()
@@ -137,36 +164,41 @@ class Learner:
             self.updates += 1
 
     def _inputs(
-        self, micro: Packed, logprobs: torch.Tensor, old: torch.Tensor | None
+        self, micro: Packed, logprobs: torch.Tensor, known: dict[str, torch.Tensor]
     ) -> LossInputs:
         device = logprobs.device
         return LossInputs(
             logprobs=logprobs,
-            old_logprobs=logprobs.detach() if old is None else old,
             engine_logprobs=torch.tensor(micro.columns["engine_logprobs"], device=device),
             advantages=torch.tensor(micro.columns["advantages"], device=device),
             weights=torch.tensor(micro.weights, device=device),
             scale=torch.tensor(micro.columns["scale"], device=device),
             sequence=torch.from_numpy(micro.row_of_token).to(device),
             num_sequences=len(micro.lengths),
+            **{"old_logprobs": logprobs.detach(), **known},
         )
 
     @torch.no_grad()
     def _compare(self, micro: Packed, inputs: LossInputs, totals: _Totals) -> None:
-        """Learner and engine on the same tokens under the same weights: the health of the whole chain."""
+        """Learner and engine on the same tokens under the same weights: the health of the whole chain. And how far the policy has moved."""
         counted = inputs.weights
         versions = torch.tensor(micro.columns["versions"], device=counted.device)
         current = counted * (versions == self.version)
         difference = inputs.old_logprobs - inputs.engine_logprobs  # log pi_old - log mu
-        k3 = torch.expm1(difference) - difference
+        engine_kl = estimate(inputs.engine_logprobs, inputs.old_logprobs, "k3")
+        moved = estimate(inputs.old_logprobs, inputs.logprobs, "k3")
         totals.add(
             {
                 "tokens_trained": counted.sum(),
                 "tokens_current": current.sum(),
                 "entropy": -(counted * inputs.old_logprobs).sum(),
-                "engine_kl": torch.where(current > 0, k3, 0.0).sum(),
+                "kl_old": (counted * moved).sum(),
+                "engine_kl": torch.where(current > 0, engine_kl, 0.0).sum(),
             }
         )
+        if inputs.reference_logprobs is not None:
+            away = estimate(inputs.old_logprobs, inputs.reference_logprobs, "k3")
+            totals.add({}, {"kl_reference": (counted * away).sum()})
         totals.keep_largest(
             {
                 "max_logprob_diff": torch.where(current > 0, difference.abs(), 0.0).max(),
@@ -200,7 +232,7 @@ class Learner:
 class _Totals:
     """Sums, maxima and phase times of one step, kept on the device until the end, then added over the ranks at once."""
 
-    PER_TOKEN = frozenset({"entropy"})
+    PER_TOKEN = frozenset({"entropy", "kl_old"})
 
     def __init__(self, device: torch.device) -> None:
         self.device = device
@@ -239,7 +271,7 @@ class _Totals:
 
     def metrics(self, updates: int) -> dict[str, float]:
         """Means over tokens (or over updates), equal on all ranks. Zero where there was no update."""
-        for name in ("loss", "tokens_trained", "tokens_current", "entropy", "engine_kl"):
+        for name in ("loss", "tokens_trained", "tokens_current", "entropy", "kl_old", "engine_kl"):
             _ = self.sums[name]
         for name in ("max_logprob_diff", "max_token_age"):
             _ = self.maxima[name]

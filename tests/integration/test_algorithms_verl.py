@@ -18,7 +18,9 @@ from loss_streams import Streams, inputs_of, random_streams
 
 from agl_ray.algorithms.aggregation import token_scales
 from agl_ray.algorithms.algorithm import make_algorithm
+from agl_ray.algorithms.kl import estimate
 from agl_ray.config.algorithm import AlgorithmConfig
+from agl_ray.config.kl import Estimator
 
 pytestmark = pytest.mark.slow
 
@@ -100,6 +102,51 @@ def test_policy_losses(core: ModuleType, loss: str, seed: int) -> None:
     if loss not in GRADIENT_ONLY:
         assert ours.item() == pytest.approx(value.item(), abs=1e-6)
     torch.testing.assert_close(inputs.logprobs.grad, theirs_at.grad, rtol=0, atol=1e-6)
+
+
+@pytest.mark.parametrize("estimator", ["k1", "k2", "k3"])
+def test_kl_estimators(core: ModuleType, estimator: Estimator) -> None:
+    """Values and gradients without our weights; and verl's straight-through `k3+` has the gradient of our weighted k3 and k2."""
+    drawn = torch.randn(3, 500, dtype=torch.float64, generator=torch.Generator().manual_seed(5))
+    reference = drawn[0] - 2
+    ours, theirs, through = (drawn[1].clone().requires_grad_() for _ in range(3))
+    value = estimate(ours, reference, estimator)
+    verls = core.kl_penalty(theirs, reference, estimator)
+    torch.testing.assert_close(value, verls, rtol=0, atol=1e-6)
+    value.sum().backward()
+    verls.sum().backward()
+    torch.testing.assert_close(ours.grad, theirs.grad, rtol=0, atol=1e-6)
+    if estimator == "k1":
+        return
+    core.kl_penalty(through, reference, "k3+").sum().backward()
+    weighted = torch.exp(ours - ours.detach())
+    if estimator == "k2":
+        weighted = weighted.detach()
+    ours.grad = None
+    (weighted * estimate(ours, reference, estimator)).sum().backward()
+    torch.testing.assert_close(ours.grad, through.grad, rtol=0, atol=1e-6)
+
+
+@pytest.mark.parametrize(
+    ("verls", "advantage"), [("grpo", "group"), ("rloo", "rloo"), ("opo", "opo")]
+)
+def test_kl_in_the_reward_of_group_baselines(core: ModuleType, verls: str, advantage: str) -> None:
+    """verl takes it off token by token and then adds the tokens of a response up: our sum over the unit."""
+    rewards, groups, tokens = a_batch(3)
+    mask = (torch.arange(int(tokens.max())) < torch.tensor(tokens)[:, None]).double()
+    logprobs = -torch.rand(mask.shape, dtype=torch.float64)
+    reference = logprobs + 0.3 * torch.sin(7 * logprobs)
+    k = core.kl_penalty(logprobs, reference, "k1") * mask
+    token_rewards = -0.2 * k
+    token_rewards[:, 0] += torch.tensor(rewards)
+    extra = {"norm_adv_by_std_in_grpo": False} if verls == "grpo" else {}
+    theirs, _ = core.get_adv_estimator_fn(verls)(
+        token_level_rewards=token_rewards, response_mask=mask, index=groups, **extra
+    )
+    penalised = rewards - 0.2 * (estimate(logprobs, reference, "k1") * mask).sum(1).numpy()
+    made = make_algorithm(AlgorithmConfig(advantage=advantage))
+    got = made.advantages(penalised, groups, tokens)
+    np.testing.assert_allclose(got, theirs[:, 0].numpy(), rtol=0, atol=1e-6)
 
 
 @pytest.mark.parametrize(

@@ -58,6 +58,23 @@ def test_two_ranks_equal_one(folder: Path, settings: dict[str, Any]) -> None:
         }
 
 
+@pytest.mark.parametrize("where", ["loss", "reward"])
+def test_two_ranks_beside_a_reference_equal_one(folder: Path, tmp_path: Path, where: str) -> None:
+    """The reference is a checkpoint of two ranks, read by one too."""
+    reference = tmp_path / "step-2"
+    learner_ranks.run(2, "train", folder, (1, 3), {"lr": 1e-2}, None, reference)
+    kl = {"coefficient": 0.3, "where": where, "reference": str(reference)}
+    settings = {"minibatches": 2, "algorithm": {"kl": kl}}
+    (one,) = learner_ranks.run(1, "train", folder, (1, 4), settings)
+    first, second = learner_ranks.run(2, "train", folder, (1, 4), settings)
+    assert_close(one, first)
+    for left, right, same in zip(one["metrics"], first["metrics"], second["metrics"], strict=True):
+        assert left["kl_reference"] > 0.01
+        for name in ("kl_reference", "kl_old", "advantage_std"):
+            assert left[name] == pytest.approx(right[name], abs=1e-5), name
+            assert right[name] == same[name]
+
+
 def test_two_ranks_with_tied_embeddings(tmp_path: Path) -> None:
     tied = model_folder(tmp_path / "tied", tied=True)
     path = tmp_path / "step-2"
