@@ -17,7 +17,7 @@ from learner_data import branching_batch, call, random_batch, table
 from agl_ray.algorithms.algorithm import make_algorithm
 from agl_ray.config.models import AlgorithmConfig, LearnerConfig
 from agl_ray.config.trajectory import TrajectoryConfig
-from agl_ray.learner import fsdp
+from agl_ray.learner import fsdp, head
 from agl_ray.learner.prepare import lay_out
 from agl_ray.learner.step import Learner
 from agl_ray.trajectory.batch import GroupPlan, Member, TrainBatch
@@ -85,7 +85,8 @@ def train(learner: Learner, steps: range, minibatches: int = 1) -> list[dict[str
 
 
 def make(rank: int, world_size: int, folder: Path, **settings: Any) -> Learner:
-    """settings: of LearnerConfig, and `algorithm`, those of AlgorithmConfig."""
+    """settings: of LearnerConfig, `algorithm`, those of AlgorithmConfig, and `chunk`, how many logits the head holds at once."""
+    head.CHUNK_LOGITS["cpu"] = settings.pop("chunk", head.CHUNK_LOGITS["cpu"])
     algorithm = AlgorithmConfig.model_validate(settings.pop("algorithm", {}))
     config = LearnerConfig(**{"tokens_per_microbatch": 50, "warmup_steps": 3, **settings})
     return Learner(algorithm, config, folder, rank=rank, world_size=world_size)

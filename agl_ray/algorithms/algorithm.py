@@ -27,12 +27,16 @@ TINY = 1e-6  # added to a standard deviation
 
 
 class Algorithm:
-    """skip_zero_advantage: a token of advantage 0 adds nothing to the loss, so that its row need not be run forward.
+    """needs_entropy: the loss takes the entropy of whole distributions.
+    skip_zero_advantage: a token of advantage 0 adds nothing to the loss, so that its row need not be run forward.
     late_advantages: they need the model's log-probabilities, so the learner has them made, not the layout (learner/prepare.py)."""
 
     def __init__(self, config: AlgorithmConfig, base: Path | None = None) -> None:
         self.config = config
-        self.skip_zero_advantage = not (config.kl.in_loss or config.kl.in_reward)
+        self.needs_entropy = config.entropy_coefficient > 0
+        self.skip_zero_advantage = not (
+            config.kl.in_loss or config.kl.in_reward or self.needs_entropy
+        )
         self.late_advantages = config.kl.in_reward
         for place in config.imports:
             load_module(place, base or Path.cwd())
@@ -94,7 +98,7 @@ class Algorithm:
         return token_scales(counted, rollout, row, self.config)
 
     def loss(self, inputs: LossInputs) -> LossOutputs:
-        """The micro-batch's share of the loss. sums: corrected_fraction, and the marks of the policy loss."""
+        """The micro-batch's share of the loss. sums: corrected_fraction, the marks of the policy loss, entropy_full where it is needed."""
         weight, cut = correction(inputs, self.config)
         gain, marks = self._gain(inputs, self.config)
         counted = inputs.weights
@@ -106,6 +110,10 @@ class Algorithm:
             loss = (
                 loss + (self.config.kl.coefficient or 0.0) * (counted * inputs.scale * term).sum()
             )
+        if inputs.entropy is not None:
+            bonus = (counted * inputs.scale * inputs.entropy).sum()
+            loss = loss - self.config.entropy_coefficient * bonus
+            sums["entropy_full"] = (counted * inputs.entropy.detach()).sum()
         return LossOutputs(loss, sums)
 
 

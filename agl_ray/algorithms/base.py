@@ -56,7 +56,8 @@ class LossInputs:
     """The streams of one micro-batch, each float32 [T] on the model's device.
 
     logprobs: log pi, the learner's now, with gradient. old_logprobs: log pi_old, the learner's at the start of the batch.
-    engine_logprobs: log mu, the engine's that sampled. advantages: of the unit of credit that the token belongs to. weights: 1 where the
+    engine_logprobs: log mu, the engine's that sampled. entropy: of the whole distribution, nats, with gradient; None where
+    `Algorithm.needs_entropy` is False. advantages: of the unit of credit that the token belongs to. weights: 1 where the
     token counts, else 0 (there the other streams mean nothing but are finite). scale: what a counted token adds to the loss, over
     all micro-batches and ranks (aggregation.py). sequence: int64 [T], the row that the token belongs to, 0 .. num_sequences - 1.
     reference_logprobs: the reference model's, where there is one (`algorithm.kl`).
@@ -71,6 +72,7 @@ class LossInputs:
     sequence: torch.Tensor
     num_sequences: int
     reference_logprobs: torch.Tensor | None = None
+    entropy: torch.Tensor | None = None
 
     def over_sequences(self, values: torch.Tensor, *, mean: bool) -> torch.Tensor:
         """[S]: the sum (or mean) of `values` [T] over the counted tokens of each sequence; 0 where a sequence has none."""

@@ -98,6 +98,9 @@ class AlgorithmConfig(Section):
     """Loss sapo: temperature of the gate where A < 0."""
     dppo_bound: PositiveFloat = 0.2
     """Loss dppo: |pi - mu| beyond which a token that moves with its advantage is masked."""
+    entropy_coefficient: Annotated[float, Field(ge=0)] = 0.0
+    """Bonus: times the mean entropy of the whole distributions (not only of the sampled tokens), weighted as the tokens of the loss are; about
+    1e-3 where it is used. Above 0 rows without advantage are trained too, and the metric entropy_full is there."""
     correction: Literal["none", "tis", "icepop", "seq-tis", "seq-mask", "geometric-mask"] = "icepop"
     """Weight for the learner/engine mismatch k = pi_old / mu: tis min(k, tis_cap); icepop k inside the band, else 0; the same over the
     product of a sequence (seq-tis, seq-mask); geometric-mask keeps a sequence whose mean of log k is within `geometric_band`."""

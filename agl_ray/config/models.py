@@ -150,6 +150,8 @@ class LearnerConfig(Section):
     """A row (conversation) longer than this is dropped or cut (`trajectory.overlong`) after the advantages are taken, and counted."""
     dtype: Literal["float32", "bfloat16"] = "float32"
     """Compute format of the forward pass (FSDP mixed precision); parameters stay float32."""
+    gradient_checkpointing: bool = False
+    """Keep only the inputs of the layers and compute the rest again in the backward pass: less memory per token, about a third more time."""
     num_cpus: Annotated[float, Field(ge=0)] = 0.5
     """CPUs that Ray reserves for one rank."""
     num_gpus: Annotated[float, Field(ge=0)] = 0.0

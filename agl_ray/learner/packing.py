@@ -10,16 +10,15 @@ known of a token (weights, columns) and all that is computed of it (log-probabil
 several rows may be trained in one of them and be context in the others, and two calls that said the same count both.
 
 Called by learner/step.py and learner/sft.py. Legend: R rows of N tokens in one micro-batch, T of them in the model's sequence (all N,
-where no row shares any), S of N predicted, V vocabulary.
+where no row shares any), S of N predicted.
 """
 
 from __future__ import annotations
 
-import functools
 from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
 from dataclasses import dataclass
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, NamedTuple
 
 import numpy as np
 
@@ -29,8 +28,6 @@ from agl_ray.types.errors import InputError
 
 if TYPE_CHECKING:
     import torch
-
-CHUNK_LOGITS = 1 << 24  # float32 logits held at once (64 MiB), and again in the backward pass
 
 
 @dataclass(frozen=True, slots=True)
@@ -124,21 +121,37 @@ def _fill(lengths: Array, order: Array, tokens: int) -> Iterator[Array]:
         yield np.array(current, np.int64)
 
 
+class TokenOutputs(NamedTuple):
+    """float32 [N] each, 0 where `packed.weights` is 0. logprobs: log p(token | the tokens before it in its row). entropy: of the
+    whole distribution that the token was drawn from, nats; None where it was not asked for."""
+
+    logprobs: torch.Tensor
+    entropy: torch.Tensor | None
+
+
 def token_logprobs(model: Any, packed: Packed) -> torch.Tensor:
-    """float32 [N]: log p(token | the tokens before it in its row), 0 where `packed.weights` is 0.
+    """`logprobs` of `token_outputs`."""
+    return token_outputs(model, packed).logprobs
+
+
+def token_outputs(model: Any, packed: Packed, *, entropy: bool = False) -> TokenOutputs:
+    """What the model says of every weighted token of the micro-batch.
 
     `model` is a Hugging Face causal LM (FSDP2-sharded or not). A column `temperature` [N] divides the logits, as the engine did when it
-    sampled. Logits exist only for the S weighted tokens and in float32 only for a chunk of them; chunks are made again
-    in the backward pass. Gradients flow to the model unless torch.no_grad is on.
+    sampled. Logits exist for a chunk of the S weighted tokens at a time (learner/head.py). Gradients flow to the model unless
+    torch.no_grad is on.
     """
     import torch
+
+    from agl_ray.learner.head import head_gives_logprobs
 
     device = model.device
     where, ids, before = packed.predicted
     targets = torch.from_numpy(ids).to(device)
     temperature = packed.columns.get("temperature")
     scale = None if temperature is None else torch.from_numpy(1.0 / temperature[where]).to(device)
-    with _head_gives_logprobs(model, targets, scale), _rows_apart(model, packed) as apart:
+    given = head_gives_logprobs(model, targets, scale, entropy=entropy)
+    with given, _rows_apart(model, packed) as apart:
         selected = model(
             input_ids=torch.tensor(packed.input_ids, device=device),
             position_ids=torch.tensor(packed.position_ids, device=device),
@@ -148,7 +161,8 @@ def token_logprobs(model: Any, packed: Packed) -> torch.Tensor:
         ).logits
     index = torch.from_numpy(where).to(device)
     out = torch.zeros(len(packed.weights), dtype=torch.float32, device=device)
-    return out.index_put((index,), selected[0, :, 0])
+    logprobs, *more = (out.index_put((index,), selected[0, :, i]) for i in range(selected.shape[2]))
+    return TokenOutputs(logprobs, more[0] if more else None)
 
 
 @contextmanager
@@ -166,61 +180,3 @@ def _rows_apart(model: Any, packed: Packed) -> Iterator[dict[str, Any]]:
         return
     with attention.block_mask():
         yield {"blocks": attention.blocks_of(packed.lengths, packed.shared, model.device)}
-
-
-@contextmanager
-def _head_gives_logprobs(
-    model: Any, targets: torch.Tensor, scale: torch.Tensor | None
-) -> Iterator[None]:
-    """Within it the model's output head returns log-probabilities [1, S, 1] of `targets` instead of logits [1, S, V].
-
-    The whole model is still called from its root, which FSDP2 needs; only the head's forward is another one.
-    """
-    head = model.get_output_embeddings()
-    head.forward = functools.partial(_logprob_head, head, targets, scale)
-    try:
-        yield
-    finally:
-        del head.forward
-
-
-def _logprob_head(
-    head: Any, targets: torch.Tensor, scale: torch.Tensor | None, hidden: torch.Tensor
-) -> torch.Tensor:
-    import torch
-    from torch.utils.checkpoint import checkpoint
-
-    num_targets, vocabulary = len(targets), head.weight.shape[0]
-    chunk = max(1, CHUNK_LOGITS // vocabulary)
-    parts = []
-    for start in range(0, num_targets, chunk):
-        piece = slice(start, start + chunk)
-        arguments = (
-            hidden[0, piece],
-            head.weight,
-            head.bias,
-            targets[piece],
-            None if scale is None else scale[piece],
-        )
-        if num_targets <= chunk or not torch.is_grad_enabled():
-            parts.append(_logprobs(*arguments))
-        else:
-            parts.append(checkpoint(_logprobs, *arguments, use_reentrant=False))
-    if not parts:
-        parts.append(_logprobs(hidden[0], head.weight, head.bias, targets, scale))
-    return torch.cat(parts)[None, :, None].clone()  # FSDP2 wants no view from the root
-
-
-def _logprobs(
-    hidden: torch.Tensor,
-    weight: torch.Tensor,
-    bias: torch.Tensor | None,
-    targets: torch.Tensor,
-    scale: torch.Tensor | None,
-) -> torch.Tensor:
-    import torch
-
-    logits = torch.nn.functional.linear(hidden, weight, bias).float()
-    if scale is not None:
-        logits = logits * scale[:, None]
-    return -torch.nn.functional.cross_entropy(logits, targets, reduction="none")

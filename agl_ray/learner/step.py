@@ -21,8 +21,9 @@ from agl_ray.algorithms.kl import estimate
 from agl_ray.learner import checkpoint, fsdp, optim
 from agl_ray.learner.export import export
 from agl_ray.learner.model import load_model
-from agl_ray.learner.packing import Packed, token_logprobs
+from agl_ray.learner.packing import Packed, TokenOutputs, token_outputs
 from agl_ray.learner.prepare import Payload, Update, with_advantages
+from agl_ray.learner.recompute import recompute_layers
 from agl_ray.learner.reference import Known, make_reference, penalties
 from agl_ray.learner.weights import full_state
 from agl_ray.types.errors import RunError
@@ -33,7 +34,8 @@ if TYPE_CHECKING:
 
 METRICS = """
 Of the update: loss, grad_norm (before clipping), lr, updates (their number; loss and grad_norm are means over them, lr is the last), ratio_mean (pi / pi_old), clip_low_fraction,
-clip_high_fraction, corrected_fraction (shares of the trained tokens), entropy (mean -log pi_old of the sampled tokens, nats). kl_old: mean k3 of the policy
+clip_high_fraction, corrected_fraction (shares of the trained tokens), entropy (mean -log pi_old of the sampled tokens, nats),
+entropy_full (mean entropy of the whole distributions, nats; with algorithm.entropy_coefficient only). kl_old: mean k3 of the policy
 at the start of the step against the one now, nats, a mean over the updates; 0 with a single one. With a reference (`algorithm.kl`):
 kl_reference, mean k3 of the policy at the start of the step against it, nats; kl_penalty, mean of what was taken off a unit's reward
 (`where: reward`).
@@ -80,6 +82,8 @@ class Learner:
         self.dtype = DTYPES[config.dtype]
         torch.manual_seed(seed + rank)
         self.model = load_model(model_path, device)
+        if config.gradient_checkpointing:
+            recompute_layers(self.model)
         if world_size > 1:
             fsdp.shard(self.model, self.dtype)
         self.reference = make_reference(
@@ -131,7 +135,7 @@ class Learner:
         if len(payload.updates) > 1 or payload.units is not None:
             with totals.timed("old_logprobs"):
                 for micro, streams in work:
-                    streams["old_logprobs"] = self._logprobs(micro)
+                    streams["old_logprobs"] = self._outputs(micro).logprobs
         if self.reference is not None:
             totals.add(
                 {}, {"kl_reference": torch.zeros((), device=self.model.device)}
@@ -141,17 +145,17 @@ class Learner:
                     streams["reference_logprobs"] = self.reference.logprobs(micro)
         return known
 
-    def _logprobs(self, micro: Packed) -> torch.Tensor:
+    def _outputs(self, micro: Packed, *, entropy: bool = False) -> TokenOutputs:
         with fsdp.compute_in(self.model, self.dtype):
-            return token_logprobs(self.model, micro)
+            return token_outputs(self.model, micro, entropy=entropy)
 
     def _update(
         self, update: Update, known: list[dict[str, torch.Tensor]], totals: _Totals
     ) -> None:
         with totals.timed("forward_backward"):
             for micro, streams in zip(update.micros, known, strict=True):
-                logprobs = self._logprobs(micro)
-                inputs = self._inputs(micro, logprobs, streams)
+                made = self._outputs(micro, entropy=self.algorithm.needs_entropy)
+                inputs = self._inputs(micro, made, streams)
                 outputs = self.algorithm.loss(inputs)
                 # FSDP averages gradients over the ranks; the loss is a sum over them.
                 (outputs.loss * self.world_size).backward()
@@ -164,18 +168,19 @@ class Learner:
             self.updates += 1
 
     def _inputs(
-        self, micro: Packed, logprobs: torch.Tensor, known: dict[str, torch.Tensor]
+        self, micro: Packed, made: TokenOutputs, known: dict[str, torch.Tensor]
     ) -> LossInputs:
-        device = logprobs.device
+        device = made.logprobs.device
         return LossInputs(
-            logprobs=logprobs,
+            logprobs=made.logprobs,
+            entropy=made.entropy,
             engine_logprobs=torch.tensor(micro.columns["engine_logprobs"], device=device),
             advantages=torch.tensor(micro.columns["advantages"], device=device),
             weights=torch.tensor(micro.weights, device=device),
             scale=torch.tensor(micro.columns["scale"], device=device),
             sequence=torch.from_numpy(micro.row_of_token).to(device),
             num_sequences=len(micro.lengths),
-            **{"old_logprobs": logprobs.detach(), **known},
+            **{"old_logprobs": made.logprobs.detach(), **known},
         )
 
     @torch.no_grad()

@@ -215,3 +215,26 @@ def test_the_standard_deviation_of_a_group_is_the_populations_not_the_samples(
     got = make_algorithm(AlgorithmConfig(normalize="group")).advantages(*case)
     theirs = advantages_of(core, "grpo", case, norm_adv_by_std_in_grpo=True)
     np.testing.assert_allclose(got, theirs * np.sqrt(4 / 3), rtol=0, atol=2e-5)
+
+
+@pytest.mark.parametrize("seed", [0, 1])
+def test_entropy_of_the_head(core: ModuleType, seed: int, monkeypatch: pytest.MonkeyPatch) -> None:
+    """In chunks, with its gradient, against verl's entropy of all logits at once."""
+    from types import SimpleNamespace
+
+    from verl.utils.torch_functional import entropy_from_logits
+
+    from agl_ray.learner import head
+
+    monkeypatch.setitem(head.CHUNK_LOGITS, "cpu", 7 * 50)
+    torch.manual_seed(seed)
+    linear = torch.nn.Linear(16, 50, bias=False)
+    hidden, taken = torch.randn(1, 40, 16, requires_grad=True), torch.randn(40)
+    model = SimpleNamespace(get_output_embeddings=lambda: linear)
+    with head.head_gives_logprobs(model, torch.randint(50, (40,)), None, entropy=True):
+        ours = linear(hidden)[0, :, 1]
+    theirs = entropy_from_logits(linear(hidden)[0])
+    torch.testing.assert_close(ours, theirs, rtol=0, atol=1e-6)
+    leaves = [hidden, linear.weight]
+    made, want = (torch.autograd.grad((one * taken).sum(), leaves) for one in (ours, theirs))
+    torch.testing.assert_close(made, want, rtol=0, atol=1e-6)

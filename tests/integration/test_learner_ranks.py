@@ -97,6 +97,31 @@ def test_a_tree_on_two_ranks_equals_its_rows_on_one(folder: Path, settings: dict
     assert second["metrics"][1]["loss"] == tree["metrics"][1]["loss"]
 
 
+def test_two_ranks_equal_one_with_a_tied_head_in_chunks_and_layers_recomputed(
+    tmp_path: Path,
+) -> None:
+    folder = model_folder(tmp_path, tied=True)
+    settings = {"algorithm": {"entropy_coefficient": 0.01}}
+    (one,) = learner_ranks.run(1, "train", folder, (1, 4), settings)
+    settings = {**settings, "gradient_checkpointing": True, "chunk": 7 * 50}
+    first, _ = learner_ranks.run(2, "train", folder, (1, 4), settings)
+    assert_close(one, first)
+    entropies = [side["metrics"][-1]["entropy_full"] for side in (one, first)]
+    assert entropies[0] == pytest.approx(entropies[1], abs=1e-5)
+
+
+@pytest.mark.parametrize("world_size", [1, 2])
+def test_bfloat16_ranks_stay_close_to_float32(folder: Path, world_size: int) -> None:
+    (exact,) = learner_ranks.run(1, "train", folder, (1, 2), {})
+    settings = {"dtype": "bfloat16", "gradient_checkpointing": True, "chunk": 7 * 50}
+    coarse = learner_ranks.run(world_size, "train", folder, (1, 2), settings)[0]
+    want, got = exact["metrics"][0], coarse["metrics"][0]
+    assert got["loss"] != want["loss"]
+    assert got["loss"] == pytest.approx(want["loss"], abs=0.05)
+    assert got["grad_norm"] == pytest.approx(want["grad_norm"], rel=0.1)
+    assert all(tensor.dtype == torch.float32 for _, tensor in coarse["state"])
+
+
 def test_a_rank_without_rows_keeps_step(folder: Path) -> None:
     (one,) = learner_ranks.run(1, "one_row", folder)
     first, _ = learner_ranks.run(2, "one_row", folder)

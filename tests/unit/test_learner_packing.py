@@ -9,7 +9,7 @@ import pytest
 import torch
 from transformers import Qwen3Config, Qwen3ForCausalLM
 
-from agl_ray.learner import packing
+from agl_ray.learner import head
 from agl_ray.learner.attention import NAME, blocks_of
 from agl_ray.learner.packing import Packed, pack, token_logprobs
 from agl_ray.trajectory.ragged import Rows
@@ -76,7 +76,7 @@ def gradients(model: Qwen3ForCausalLM, loss: torch.Tensor) -> list[torch.Tensor]
 def test_packed_equals_row_by_row(
     tokens: int, chunk: int, attention: str, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr(packing, "CHUNK_LOGITS", chunk)
+    monkeypatch.setitem(head.CHUNK_LOGITS, "cpu", chunk)
     model, rows = tiny_model(attn_implementation=attention), ragged_rows()
     weight = torch.from_numpy(np.random.default_rng(5).normal(size=len(rows.ids)))
     expected = row_by_row(model, rows)
