@@ -13,7 +13,8 @@ Streams = dict[str, np.ndarray]
 def random_streams(
     seed: int, rows: int = 12, spread: float = 0.3, mismatch: float = 1.2
 ) -> Streams:
-    """`rows` sequences of 1 to 40 tokens each; one advantage per row, a third of the tokens not counted."""
+    """`rows` sequences of 1 to 40 tokens each; one advantage per row, a third of the tokens not counted. chosen: a tenth,
+    for the losses that choose tokens."""
     rng = np.random.default_rng(seed)
     lengths = rng.integers(1, 41, rows)
     size = int(lengths.sum())
@@ -26,6 +27,7 @@ def random_streams(
         "weights": (rng.random(size) < 0.67).astype(float),
         "scale": rng.random(size),
         "sequence": np.repeat(np.arange(rows), lengths),
+        "chosen": rng.random(size) < 0.1,
     }
 
 
@@ -33,7 +35,7 @@ def inputs_of(streams: Streams, dtype: torch.dtype = torch.float64) -> LossInput
     """As the learner gives them; `logprobs` is a leaf with gradient."""
     sequence = torch.tensor(streams["sequence"])
     tensors = {
-        name: torch.tensor(value, dtype=dtype)
+        name: torch.tensor(value, dtype=torch.bool if name == "chosen" else dtype)
         for name, value in streams.items()
         if name != "sequence"
     }

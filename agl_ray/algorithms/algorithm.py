@@ -14,13 +14,20 @@ import numpy.typing as npt
 
 from agl_ray.algorithms import kl
 from agl_ray.algorithms.aggregation import token_scales
-from agl_ray.algorithms.base import AdvantageInputs, LossInputs, LossOutputs, without_signal
+from agl_ray.algorithms.base import AdvantageInputs, LossInputs, LossOutputs, Tokens, without_signal
 from agl_ray.algorithms.correction import correction
-from agl_ray.algorithms.registry import OTHER_BASELINES, find_advantage, find_policy_loss
+from agl_ray.algorithms.registry import (
+    OTHER_BASELINES,
+    find_advantage,
+    find_choice,
+    find_policy_loss,
+)
 from agl_ray.config.imports import load_module
 from agl_ray.types import ConfigError, InputError
 
 if TYPE_CHECKING:
+    import torch
+
     from agl_ray.config.algorithm import AlgorithmConfig
 
 TINY = 1e-6  # added to a standard deviation
@@ -29,19 +36,22 @@ TINY = 1e-6  # added to a standard deviation
 class Algorithm:
     """needs_entropy: the loss takes the entropy of whole distributions.
     skip_zero_advantage: a token of advantage 0 adds nothing to the loss, so that its row need not be run forward.
-    late_advantages: they need the model's log-probabilities, so the learner has them made, not the layout (learner/prepare.py)."""
+    late_advantages: they need the model's log-probabilities, so the learner has them made, not the layout (learner/prepare.py).
+    needs_choice: the policy loss acts on tokens that `choose` finds among all of an update."""
 
     def __init__(self, config: AlgorithmConfig, base: Path | None = None) -> None:
         self.config = config
         self.needs_entropy = config.entropy_coefficient > 0
-        self.skip_zero_advantage = not (
-            config.kl.in_loss or config.kl.in_reward or self.needs_entropy
-        )
         self.late_advantages = config.kl.in_reward
         for place in config.imports:
             load_module(place, base or Path.cwd())
         self._advantage = find_advantage(config.advantage, base)
         self._gain = find_policy_loss(config.loss, base)
+        self._choice = find_choice(config.loss)
+        self.needs_choice = self._choice is not None
+        self.skip_zero_advantage = not (
+            config.kl.in_loss or config.kl.in_reward or self.needs_entropy or self.needs_choice
+        )
         if config.zero_signal == "refill" and config.advantage in OTHER_BASELINES:
             raise ConfigError(
                 f"algorithm.zero_signal refill: expected an advantage whose baseline is the group's, got {config.advantage}, under which equal "
@@ -96,6 +106,18 @@ class Algorithm:
     def scales(self, counted: npt.NDArray, rollout: npt.NDArray, row: npt.NDArray) -> npt.NDArray:
         """float64 [N]: see `aggregation.token_scales`."""
         return token_scales(counted, rollout, row, self.config)
+
+    def choose(self, tokens: Tokens) -> torch.Tensor:
+        """bool [K]: the tokens that the policy loss is to find marked. InputError where a user's function gives anything else."""
+        if self._choice is None:
+            raise ConfigError(f"algorithm.loss {self.config.loss} chooses no tokens")
+        chosen = self._choice(tokens, self.config)
+        if chosen.shape != tokens.logprobs.shape or str(chosen.dtype) != "torch.bool":
+            raise InputError(
+                f"algorithm.loss {self.config.loss}: expected its `choose` to return bool [{len(tokens.logprobs)}], got {chosen.dtype} "
+                f"{[*chosen.shape]}"
+            )
+        return chosen
 
     def loss(self, inputs: LossInputs) -> LossOutputs:
         """The micro-batch's share of the loss. sums: corrected_fraction, the marks of the policy loss, entropy_full where it is needed."""

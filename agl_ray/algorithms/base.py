@@ -60,7 +60,7 @@ class LossInputs:
     `Algorithm.needs_entropy` is False. advantages: of the unit of credit that the token belongs to. weights: 1 where the
     token counts, else 0 (there the other streams mean nothing but are finite). scale: what a counted token adds to the loss, over
     all micro-batches and ranks (aggregation.py). sequence: int64 [T], the row that the token belongs to, 0 .. num_sequences - 1.
-    reference_logprobs: the reference model's, where there is one (`algorithm.kl`).
+    reference_logprobs: the reference model's, where there is one (`algorithm.kl`). chosen: bool [T], see `Tokens`.
     """
 
     logprobs: torch.Tensor
@@ -72,7 +72,14 @@ class LossInputs:
     sequence: torch.Tensor
     num_sequences: int
     reference_logprobs: torch.Tensor | None = None
+    chosen: torch.Tensor | None = None
     entropy: torch.Tensor | None = None
+
+    def chosen_tokens(self) -> torch.Tensor:
+        """bool [T]: what the policy loss's `choose` chose; ValueError where none did."""
+        if self.chosen is None:
+            raise ValueError("LossInputs.chosen: expected the tokens that `choose` chose, got none")
+        return self.chosen
 
     def over_sequences(self, values: torch.Tensor, *, mean: bool) -> torch.Tensor:
         """[S]: the sum (or mean) of `values` [T] over the counted tokens of each sequence; 0 where a sequence has none."""
@@ -84,6 +91,16 @@ class LossInputs:
             return sums
         counts = torch.zeros_like(sums).index_add(0, self.sequence, self.weights)
         return sums / counts.clamp(min=1.0)
+
+
+class Tokens(NamedTuple):
+    """All counted tokens of one update, of all micro-batches and ranks, without gradient, float64 [K] each: what a policy loss may choose
+    tokens from (`registry.policy_loss`). draws: uniform in [0, 1), a token's own in this step, however the batch is cut up."""
+
+    logprobs: torch.Tensor
+    old_logprobs: torch.Tensor
+    advantages: torch.Tensor
+    draws: torch.Tensor
 
 
 class Gain(NamedTuple):

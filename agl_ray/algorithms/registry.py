@@ -19,15 +19,18 @@ from typing import TYPE_CHECKING, Any, TypeVar
 
 import numpy.typing as npt
 
-from agl_ray.algorithms.base import AdvantageInputs, Gain, LossInputs
+from agl_ray.algorithms.base import AdvantageInputs, Gain, LossInputs, Tokens
 from agl_ray.config.imports import load_object
 from agl_ray.types import ConfigError
 
 if TYPE_CHECKING:
+    import torch
+
     from agl_ray.config.algorithm import AlgorithmConfig
 
 AdvantageFunction = Callable[[AdvantageInputs, "AlgorithmConfig"], npt.NDArray]
 PolicyLoss = Callable[[LossInputs, "AlgorithmConfig"], Gain]
+Choice = Callable[[Tokens, "AlgorithmConfig"], "torch.Tensor"]
 F = TypeVar("F", bound=Callable[..., Any])
 
 OURS = (
@@ -37,6 +40,8 @@ OURS = (
     "opo",
     "rae",
     "gigpo",
+    "clip_cov",
+    "kl_cov",
     "gspo",
     "gmpo",
     "cispo",
@@ -51,6 +56,7 @@ OTHER_BASELINES: set[str] = set()
 
 _advantages: dict[str, AdvantageFunction] = {}
 _losses: dict[str, PolicyLoss] = {}
+_choices: dict[str, Choice] = {}
 
 
 def advantage(name: str, *, baseline: str = "group") -> Callable[[F], F]:
@@ -67,8 +73,14 @@ def advantage(name: str, *, baseline: str = "group") -> Callable[[F], F]:
     return _register(_advantages, name, "advantage")
 
 
-def policy_loss(name: str) -> Callable[[F], F]:
-    """Register a function as policy loss `name`; ConfigError where the name is taken by another function."""
+def policy_loss(name: str, *, choose: Choice | None = None) -> Callable[[F], F]:
+    """Register a function as policy loss `name`; ConfigError where the name is taken by another function.
+
+    choose: called before each update with all of its tokens, it returns which of them [K] the loss finds marked in `LossInputs.chosen`. It
+    costs a forward pass.
+    """
+    if choose is not None:
+        _choices[name] = choose
     return _register(_losses, name, "policy loss")
 
 
@@ -80,6 +92,11 @@ def find_advantage(name: str, base: Path | None = None) -> AdvantageFunction:
 def find_policy_loss(name: str, base: Path | None = None) -> PolicyLoss:
     """As `find_advantage`, for `algorithm.loss`."""
     return _find(_losses, name, "algorithm.loss", base)
+
+
+def find_choice(name: str) -> Choice | None:
+    """The `choose` of this policy loss; None for one without. After `find_policy_loss`."""
+    return _choices.get(name)
 
 
 def _register(table: dict[str, Any], name: str, what: str) -> Callable[[F], F]:

@@ -48,6 +48,8 @@ PRESETS: dict[str, dict[str, Any]] = {
     },
     "cispo": {"normalize": "group", "loss": "cispo", "clip_low": 1.0, "clip_high": 4.0},
     "sapo": {"normalize": "group", "loss": "sapo", "aggregation": "seq-mean-token-mean"},
+    "clip_cov": {"normalize": "group", "loss": "clip_cov"},
+    "kl_cov": {"normalize": "group", "loss": "kl_cov"},
     "dppo": {"loss": "dppo", "correction": "none"},
     "topr": {"loss": "topr", "correction": "none"},
 }
@@ -56,7 +58,7 @@ PRESETS: dict[str, dict[str, Any]] = {
 
 class AlgorithmConfig(Section):
     name: str = "grpo"
-    """A preset: grpo, dr_grpo, dapo, rloo, reinforce_pp, reinforce_pp_baseline, lite_ppo, opo, maxrl, gspo, gmpo, cispo, sapo, dppo, topr."""
+    """A preset: grpo, dr_grpo, dapo, rloo, reinforce_pp, reinforce_pp_baseline, lite_ppo, opo, maxrl, gspo, gmpo, cispo, sapo, clip_cov, kl_cov, dppo, topr."""
     imports: list[str] = []
     """Files (`path/file.py`) or modules that register functions with `@agl.advantage` and `@agl.policy_loss`, to be named below."""
     advantage: str = "group"
@@ -79,7 +81,7 @@ class AlgorithmConfig(Section):
     gigpo_weight: PositiveFloat = 1.0
     """Advantage gigpo: weight of the advantage among equal states."""
     loss: str = "clip"
-    """Gain of a token: clip (PPO), gspo, gmpo, cispo, sapo, dppo, topr, a name registered with `@agl.policy_loss`, or `file.py:function`."""
+    """Gain of a token: clip (PPO), gspo, gmpo, cispo, sapo, clip_cov, kl_cov, dppo, topr, a name registered with `@agl.policy_loss`, or `file.py:function`."""
     aggregation: Aggregation = "token-mean"
     """How tokens add up to the loss; denominators are of the whole batch, over all ranks and micro-batches."""
     unit: Literal["rollout", "row"] = "rollout"
@@ -96,6 +98,14 @@ class AlgorithmConfig(Section):
     """Loss sapo: temperature of the gate where A > 0."""
     sapo_tau_negative: PositiveFloat = 1.05
     """Loss sapo: temperature of the gate where A < 0."""
+    cov_share: Annotated[float, Field(gt=0, le=1)] = 2e-4
+    """Losses clip_cov and kl_cov: the share of an update's tokens that they act on, at least one token."""
+    cov_low: PositiveFloat = 1.0
+    """Loss clip_cov: acts on tokens whose covariance of advantage and log-probability is above this."""
+    cov_high: PositiveFloat = 5.0
+    """Loss clip_cov: and below this."""
+    kl_cov_coefficient: PositiveFloat = 1.0
+    """Loss kl_cov: weight of |log (pi / pi_old)| of the tokens that it acts on. Acts only with several updates per batch (`learner.minibatches`)."""
     dppo_bound: PositiveFloat = 0.2
     """Loss dppo: |pi - mu| beyond which a token that moves with its advantage is masked."""
     entropy_coefficient: Annotated[float, Field(ge=0)] = 0.0
@@ -128,6 +138,8 @@ class AlgorithmConfig(Section):
     def _fits_together(self) -> AlgorithmConfig:
         if self.icepop_low >= self.icepop_high:
             raise ValueError("algorithm.icepop_low must be below algorithm.icepop_high")
+        if self.cov_low >= self.cov_high:
+            raise ValueError("algorithm.cov_low must be below algorithm.cov_high")
         if self.advantage == "gigpo" and self.normalize == "group":
             raise ValueError(
                 "algorithm.normalize group divides by the spread of one group, and gigpo has two baselines; leave it out"
@@ -179,6 +191,10 @@ _ACTS_WITH: dict[str, tuple[str, tuple[str, ...]]] = {
     "dual_clip": ("loss", ("clip",)),
     "sapo_tau_positive": ("loss", ("sapo",)),
     "sapo_tau_negative": ("loss", ("sapo",)),
+    "cov_share": ("loss", ("clip_cov", "kl_cov")),
+    "cov_low": ("loss", ("clip_cov",)),
+    "cov_high": ("loss", ("clip_cov",)),
+    "kl_cov_coefficient": ("loss", ("kl_cov",)),
     "dppo_bound": ("loss", ("dppo",)),
     "tis_cap": ("correction", ("tis", "seq-tis")),
     "icepop_low": ("correction", ("icepop", "seq-mask")),

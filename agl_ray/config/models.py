@@ -298,6 +298,11 @@ class RunConfig(Section):
                 "algorithm.advantage gigpo adds up the rewards of calls: with credit.outcome broadcast the rollout's own reward would "
                 "count once for every call; say last or none"
             )
+        if self.algorithm.loss == "kl_cov" and self.learner.minibatches == 1:
+            raise ValueError(
+                "algorithm.loss kl_cov penalises what has moved since the start of the batch, and with learner.minibatches 1 nothing has; say "
+                "2 or more"
+            )
         if self.weights.transport == "nccl" and not (
             self.engine.num_gpus and self.learner.num_gpus
         ):

@@ -71,6 +71,21 @@ def add_over_ranks(values: torch.Tensor, largest: bool = False) -> torch.Tensor:
     return values
 
 
+def gather_columns(values: torch.Tensor) -> tuple[int, torch.Tensor]:
+    """`values` [F, k], of another k on every rank, side by side in the order of the ranks; and at which column this rank's begin."""
+    if not dist.is_initialized():
+        return 0, values
+    width = torch.tensor([values.shape[1]], device=values.device)
+    widths = [torch.zeros_like(width) for _ in range(dist.get_world_size())]
+    dist.all_gather(widths, width)
+    counts = [int(one) for one in widths]
+    padded = torch.nn.functional.pad(values, (0, max(counts) - values.shape[1])).contiguous()
+    gathered = [torch.empty_like(padded) for _ in counts]
+    dist.all_gather(gathered, padded)
+    cut = [part[:, :count] for part, count in zip(gathered, counts, strict=True)]
+    return sum(counts[: dist.get_rank()]), torch.cat(cut, dim=1)
+
+
 def whole(tensor: torch.Tensor) -> torch.Tensor:
     """A sharded tensor gathered from all ranks (all must call); any other as it is."""
     full = getattr(tensor, "full_tensor", None)

@@ -99,6 +99,9 @@ def lay_out(
         "tokens_dropped_unrewarded": unrewarded,
         "tokens_of_batch": float(rows.weights.sum()),
     }
+    if algorithm.needs_choice:
+        draws = np.random.default_rng([seed, batch.step, 1]).random(len(rows.ids))
+        rows = replace(rows, columns={**rows.columns, "draw": draws})
     there = rows.weights != 0
     if algorithm.skip_zero_advantage:
         there &= rows.columns["advantages"] != 0

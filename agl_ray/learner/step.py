@@ -19,6 +19,7 @@ from agl_ray.algorithms.algorithm import make_algorithm
 from agl_ray.algorithms.base import LossInputs
 from agl_ray.algorithms.kl import estimate
 from agl_ray.learner import checkpoint, fsdp, optim
+from agl_ray.learner.choice import choose
 from agl_ray.learner.export import export
 from agl_ray.learner.model import load_model
 from agl_ray.learner.packing import Packed, TokenOutputs, token_outputs
@@ -34,7 +35,7 @@ if TYPE_CHECKING:
 
 METRICS = """
 Of the update: loss, grad_norm (before clipping), lr, updates (their number; loss and grad_norm are means over them, lr is the last), ratio_mean (pi / pi_old), clip_low_fraction,
-clip_high_fraction, corrected_fraction (shares of the trained tokens), entropy (mean -log pi_old of the sampled tokens, nats),
+clip_high_fraction, corrected_fraction, cov_fraction (losses clip_cov, kl_cov; shares of the trained tokens), entropy (mean -log pi_old of the sampled tokens, nats),
 entropy_full (mean entropy of the whole distributions, nats; with algorithm.entropy_coefficient only). kl_old: mean k3 of the policy
 at the start of the step against the one now, nats, a mean over the updates; 0 with a single one. With a reference (`algorithm.kl`):
 kl_reference, mean k3 of the policy at the start of the step against it, nats; kl_penalty, mean of what was taken off a unit's reward
@@ -50,8 +51,8 @@ unit_groups, zero_signal_unit_groups, rollouts, rollouts_without_calls, rollouts
 rewards_of_parts, rewards_unplaced (of parts without a call), calls, calls_failed, calls_greedy, calls_constrained, calls_frozen, branches, retokenized_tokens
 (of all calls). reward_of.DIMENSION: mean over the rollouts that have it; reward_role.ROLE: mean over the units of a role (credit.unit call,
 role). advantage_mean, advantage_std, advantage_max (of the absolute ones): over all units.
-Seconds: seconds_read (spans from the store), seconds_layout (rows, packing), seconds_old_logprobs, seconds_reference, seconds_forward_backward,
-seconds_optimizer, seconds_train (the last four and the rest of `train`).
+Seconds: seconds_read (spans from the store), seconds_layout (rows, packing), seconds_old_logprobs, seconds_reference, seconds_choice (of tokens by the losses
+clip_cov and kl_cov), seconds_forward_backward, seconds_optimizer, seconds_train (the last five and the rest of `train`).
 """
 
 DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16}
@@ -137,9 +138,8 @@ class Learner:
                 for micro, streams in work:
                     streams["old_logprobs"] = self._outputs(micro).logprobs
         if self.reference is not None:
-            totals.add(
-                {}, {"kl_reference": torch.zeros((), device=self.model.device)}
-            )  # there in a step without signal too
+            # There in a step without signal too.
+            totals.add({}, {"kl_reference": torch.zeros((), device=self.model.device)})
             with totals.timed("reference"):
                 for micro, streams in work:
                     streams["reference_logprobs"] = self.reference.logprobs(micro)
@@ -152,6 +152,9 @@ class Learner:
     def _update(
         self, update: Update, known: list[dict[str, torch.Tensor]], totals: _Totals
     ) -> None:
+        if self.algorithm.needs_choice:
+            with totals.timed("choice"):
+                self._choose(update, known)
         with totals.timed("forward_backward"):
             for micro, streams in zip(update.micros, known, strict=True):
                 made = self._outputs(micro, entropy=self.algorithm.needs_entropy)
@@ -166,6 +169,17 @@ class Learner:
             norm = optim.apply_gradients(self.model, self.optimizer, lr, self.config.max_grad_norm)
             totals.add_norm(norm)
             self.updates += 1
+
+    @torch.no_grad()
+    def _choose(self, update: Update, known: list[dict[str, torch.Tensor]]) -> None:
+        """Adds to `known` which tokens of the update the policy loss acts on, by one more forward pass."""
+        inputs = [
+            self._inputs(micro, self._outputs(micro), streams)
+            for micro, streams in zip(update.micros, known, strict=True)
+        ]
+        chosen = choose(self.algorithm, update.micros, inputs)
+        for streams, of_micro in zip(known, chosen, strict=True):
+            streams["chosen"] = of_micro
 
     def _inputs(
         self, micro: Packed, made: TokenOutputs, known: dict[str, torch.Tensor]

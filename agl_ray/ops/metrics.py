@@ -33,6 +33,8 @@ STEP_METRICS = {
     "sync_ms": "milliseconds from the order to the last engine's checksum",
     "pause_ms": "milliseconds during which calls were held",
     "max_logprob_diff": "largest |learner - engine| log-probability of a token of the batch, same weights",
+    "kl_reference": "mean k3 estimate, in nats, of the policy's divergence from its reference at the start of the step (algorithm.kl)",
+    "kl_old": "the same of the policy at the start of the step from the one after its updates; 0 with one update per step",
     "failures": "attempts that did not end ok, by end reason (`failures.timeout`, ...)",
     "seconds_rollout": "seconds spent waiting for the batch",
     "seconds_update": "seconds of the learner's update",

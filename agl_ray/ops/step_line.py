@@ -1,4 +1,4 @@
-"""The line of a step: the same columns on a terminal (aligned under a header) and in a log (with names).
+"""The line of a step: on a terminal (aligned under a header) and, with a few columns more, in a log (with names).
 
 Called by both displays. Test alone: tests/unit/test_ops_display.py.
 """
@@ -54,6 +54,7 @@ COLUMNS: list[tuple[str, int, Callable[[Row], str]]] = [
     ("stale", 5, _number("max_token_age", lambda x: f"{x:g}")),
     ("sync ms", 7, _number("sync_ms", lambda x: f"{x:.0f}")),
     ("dlogp", 7, _number("max_logprob_diff", lambda x: f"{x:.0e}")),
+    ("kl ref", 7, _number("kl_reference", lambda x: f"{x:.0e}")),
     ("rollout s", 9, _number("seconds_rollout", lambda x: f"{x:.1f}")),
     ("update s", 8, _number("seconds_update", lambda x: f"{x:.1f}")),
     ("failures", 0, _failures),
@@ -61,10 +62,12 @@ COLUMNS: list[tuple[str, int, Callable[[Row], str]]] = [
 STEP_WIDTH = 7
 NARROW = 100  # characters; a narrower screen does without these columns
 LEFT_OUT = ("stale", "dlogp")
+LOG_ONLY = ("kl ref",)  # of runs with a reference model; the others have no room for it
 
 
 def _columns(width: int) -> list[tuple[str, int, Callable[[Row], str]]]:
-    return [column for column in COLUMNS if width >= NARROW or column[0] not in LEFT_OUT]
+    without = LOG_ONLY if width >= NARROW else (*LOG_ONLY, *LEFT_OUT)
+    return [column for column in COLUMNS if column[0] not in without]
 
 
 def header(width: int = NARROW) -> str:

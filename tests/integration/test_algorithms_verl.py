@@ -7,6 +7,7 @@ from __future__ import annotations
 
 import os
 import sys
+from dataclasses import replace
 from pathlib import Path
 from types import ModuleType
 from typing import Any
@@ -18,6 +19,7 @@ from loss_streams import Streams, inputs_of, random_streams
 
 from agl_ray.algorithms.aggregation import token_scales
 from agl_ray.algorithms.algorithm import make_algorithm
+from agl_ray.algorithms.base import Tokens
 from agl_ray.algorithms.kl import estimate
 from agl_ray.config.algorithm import AlgorithmConfig
 from agl_ray.config.kl import Estimator
@@ -101,6 +103,60 @@ def test_policy_losses(core: ModuleType, loss: str, seed: int) -> None:
     value.backward()
     if loss not in GRADIENT_ONLY:
         assert ours.item() == pytest.approx(value.item(), abs=1e-6)
+    torch.testing.assert_close(inputs.logprobs.grad, theirs_at.grad, rtol=0, atol=1e-6)
+
+
+@pytest.mark.parametrize("share", [0.02, 1.0])
+@pytest.mark.parametrize("loss", ["clip_cov", "kl_cov"])
+def test_losses_that_choose_tokens(
+    core: ModuleType, monkeypatch: pytest.MonkeyPatch, loss: str, share: float
+) -> None:
+    """One micro-batch, which is what verl chooses from; its random order of eligible tokens is given the order of our draws."""
+    bounds = {"cov_low": 0.3, "cov_high": 3.0} if loss == "clip_cov" else {}
+    config = AlgorithmConfig.model_validate(
+        {"loss": loss, "correction": "none", "cov_share": share, **bounds}
+    )
+    streams = whole_rows(2)
+    del streams["chosen"]
+    rows = streams["sequence"]
+    streams["scale"] = token_scales(streams["weights"], rows, rows, config)
+    inputs = inputs_of(streams)
+    algorithm = make_algorithm(config)
+    counted = inputs.weights > 0
+    draws = torch.rand(len(rows), generator=torch.Generator().manual_seed(3)).double()
+    four = (inputs.logprobs.detach(), inputs.old_logprobs, inputs.advantages, draws)
+    tokens = Tokens(*(stream[counted] for stream in four))
+    chosen = torch.zeros_like(counted)
+    chosen[counted] = algorithm.choose(tokens)
+    everything = make_algorithm(config.model_copy(update={"cov_share": 1.0})).choose(tokens)
+    order = torch.argsort(tokens.draws[everything])
+    outputs = algorithm.loss(replace(inputs, chosen=chosen))
+    outputs.loss.backward()
+    assert 0 < chosen.sum() < len(rows)
+
+    monkeypatch.setattr(torch, "randperm", lambda _: order)
+    from verl.workers.config.actor import PolicyLossConfig
+
+    theirs_at = torch.tensor(streams["logprobs"], requires_grad=True)
+    cov = {
+        "clip_cov_ratio": share,
+        "clip_cov_lb": 0.3,
+        "clip_cov_ub": 3.0,
+        "kl_cov_ratio": share,
+        "ppo_kl_coef": 1.0,
+    }
+    value, _ = core.get_policy_loss_fn(loss)(
+        old_log_prob=padded(torch.tensor(streams["old_logprobs"]), streams),
+        log_prob=padded(theirs_at, streams),
+        advantages=padded(torch.tensor(streams["advantages"]), streams),
+        response_mask=padded(torch.tensor(streams["weights"]), streams),
+        loss_agg_mode="token-mean",
+        config=actor_config(
+            clip_ratio_low=0.2, clip_ratio_high=0.28, policy_loss=PolicyLossConfig(**cov)
+        ),
+    )
+    value.backward()
+    assert outputs.loss.item() == pytest.approx(value.item(), abs=1e-6)
     torch.testing.assert_close(inputs.logprobs.grad, theirs_at.grad, rtol=0, atol=1e-6)
 
 

@@ -75,6 +75,17 @@ def test_two_ranks_beside_a_reference_equal_one(folder: Path, tmp_path: Path, wh
             assert right[name] == same[name]
 
 
+def test_two_ranks_choose_the_tokens_that_one_would(folder: Path) -> None:
+    algorithm = {"name": "clip_cov", "cov_share": 0.1, "cov_low": 0.1}
+    settings = {"minibatches": 2, "algorithm": algorithm}
+    (one,) = learner_ranks.run(1, "train", folder, (1, 4), settings)
+    first, _ = learner_ranks.run(2, "train", folder, (1, 4), settings)
+    assert_close(one, first)
+    for left, right in zip(one["metrics"], first["metrics"], strict=True):
+        assert left["cov_fraction"] > 0.05
+        assert left["cov_fraction"] == pytest.approx(right["cov_fraction"])
+
+
 def test_two_ranks_with_tied_embeddings(tmp_path: Path) -> None:
     tied = model_folder(tmp_path / "tied", tied=True)
     path = tmp_path / "step-2"

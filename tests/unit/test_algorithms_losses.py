@@ -97,7 +97,22 @@ def topr(s: Streams, fixed: Streams, c: AlgorithmConfig) -> list[float]:
     ]
 
 
+def clip_cov(s: Streams, fixed: Streams, c: AlgorithmConfig) -> list[float]:
+    gains = zip(clip(s, fixed, c), s["chosen"], strict=True)
+    return [0.0 if chosen else gain for gain, chosen in gains]
+
+
+def kl_cov(s: Streams, fixed: Streams, c: AlgorithmConfig) -> list[float]:
+    logs = differences(s, "logprobs", "old_logprobs")
+    return [
+        math.exp(log_r) * a - (c.kl_cov_coefficient * abs(log_r) if chosen else 0.0)
+        for log_r, a, chosen in zip(logs, s["advantages"], s["chosen"], strict=True)
+    ]
+
+
 BY_HAND: dict[str, Gains] = {
+    "clip_cov": clip_cov,
+    "kl_cov": kl_cov,
     "clip": clip,
     "gspo": gspo,
     "gmpo": gmpo,

@@ -14,12 +14,13 @@ BASE = {"model": {"path": "m"}}
 
 @pytest.mark.parametrize("name", sorted(PRESETS))
 def test_a_name_fills_the_switches_and_what_is_given_wins(name: str) -> None:
-    config = validate({**BASE, "algorithm": {"name": name}}).algorithm
+    base = {**BASE, "learner": {"minibatches": 2}}  # kl_cov needs them
+    config = validate({**base, "algorithm": {"name": name}}).algorithm
     for key, value in PRESETS[name].items():
         assert getattr(config, key) == value
-    other = validate({**BASE, "algorithm": {"name": name, "clip_high": 0.31}}).algorithm
+    other = validate({**base, "algorithm": {"name": name, "clip_high": 0.31}}).algorithm
     assert other.clip_high == 0.31
-    again = validate({**BASE, "algorithm": config.model_dump(mode="json")}).algorithm
+    again = validate({**base, "algorithm": config.model_dump(mode="json")}).algorithm
     assert again == config  # as a resumed run reads it
 
 
