@@ -3,7 +3,7 @@
 The same rollouts on both sides, one after the other on the same machine: calls whose prompts grow as a chat with tools grows, log-probabilities,
 the texts that gateway and tracer write beside them, and a reward per call. Ours begins with the Arrow table that the store gives the
 learner and ends with rows as arrays and a reward for every call; theirs begins with its spans in memory and ends with its triplets.
-Times are CPU time, which a busy machine hardly moves. Called by `agl_ray.cli.bench`; alone: `agl-ray bench trajectory --quick`.
+Times are CPU time, which a busy machine hardly moves. A whole training step with rows as a tree against the same step without is in bench/tree.py. Called by `agl_ray.cli.bench`; alone: `agl-ray bench trajectory --quick`.
 """
 
 from __future__ import annotations
@@ -18,6 +18,7 @@ from typing import Any, NamedTuple
 import numpy as np
 import pyarrow as pa
 
+from agl_ray.bench import tree
 from agl_ray.bench.peers import agentlightning_env as agentlightning
 from agl_ray.config.credit import CreditConfig
 from agl_ray.config.trajectory import TrajectoryConfig
@@ -67,6 +68,7 @@ KEYS = {
     "CASE_calls": "calls of a rollout",
     "peer_CASE_tokens_per_s": "agentlightning's adapter, the same tokens per CPU second (also peer_chat_plain_...: without log-probabilities)",
     "peer_CASE_ms": "CPU ms of a rollout there",
+    **tree.KEYS,
     "seconds": "the whole benchmark, without the installation",
     "load_1min": "load average of the machine at its end",
     "cpus": "cores of the machine",
@@ -79,11 +81,11 @@ def run_trajectory(
 ) -> Numbers:
     """Measure; flat keys, see KEYS. The other library's environment is made under `cache` first, unless `alone`.
 
-    InputError: that environment cannot be made. RunError: one side does not find all calls, tokens or log-probabilities."""
+    InputError: that environment cannot be made, or torch is not there. RunError: one side does not find all calls, tokens or log-probabilities."""
     python = None if alone else agentlightning.environment(cache)
     begin = time.perf_counter()
     seconds = QUICK_SECONDS if quick else SECONDS
-    numbers: Numbers = {}
+    numbers: Numbers = tree.measure(quick)
     for case in CASES:
         numbers |= _ours(case, seconds)
     if python is not None:

@@ -118,7 +118,8 @@ def trajectory(
         Path, typer.Option("--cache", help="Folder of its environment (1 GB, made by pip once).")
     ] = Path(".cache"),
 ) -> None:
-    """Spans to rows to train on, against agentlightning 0.3's triplet adapter: token ids per CPU second.
+    """Spans to rows to train on, against agentlightning 0.3's triplet adapter: token ids per CPU second. And a training step
+    with trajectory.rows: tree against the same step without.
 
     \b
     Examples:

@@ -29,6 +29,10 @@ from agl_ray.trajectory.tree import token_places
 from agl_ray.types.errors import InputError
 
 NAME = "agl_blocks"
+MASKED_PADDING = 1.25
+"""Most that padding makes of a row that shares its beginning, in either direction: there it costs its whole Q x K scores."""
+GRAIN = 32
+"""Tokens by which short rows may be padded beyond that: a block of their own costs more."""
 
 _without_mask: ContextVar[bool] = ContextVar("agl_blocks_without_mask", default=False)
 
@@ -72,51 +76,56 @@ class Blocks:
 
 
 def blocks_of(lengths: Array, shared: Array, device: torch.device) -> Blocks:
-    """Blocks for rows of these lengths, the first `shared` of whose tokens are those of the row before; padding at most doubles a row."""
+    """Blocks for rows of these lengths, the first `shared` of whose tokens are those of the row before. Padding at most doubles a row."""
+    places = token_places(lengths, shared)
+    if not shared.any():  # they stay in the order in which they were packed
+        alike = _alike(np.arange(len(lengths)), lengths[:, None], 2.0)
+        return Blocks([_block(run, lengths, shared, places, device)[0] for run in alike], None)
     own = lengths - shared
-    places, starts = token_places(lengths, shared), np.cumsum(lengths) - lengths
-    rows = np.flatnonzero(own)
-    if shared.any():  # else they stay in the order in which they were packed
-        rows = rows[np.lexsort((-lengths[rows], -own[rows], shared[rows] > 0))]
-    blocks, asked = [], []
-    for first, after in _alike(own[rows], lengths[rows], shared[rows] > 0):
-        some = rows[first:after]
-        begins, sizes, asks = starts[some], lengths[some], own[some]
-        keys = places[begins[:, None] + _up_to(sizes)]
-        queries = places[(begins + shared[some])[:, None] + _up_to(asks)]
-        real = ragged_arange(np.arange(len(some)) * asks.max(), asks)
-        blocks.append(
-            Block(
-                torch.from_numpy(queries).to(device),
-                torch.from_numpy(keys).to(device),
-                torch.from_numpy(real).to(device),
-                torch.from_numpy(shared[some]).to(device) if shared[some].any() else None,
-            )
-        )
-        asked.append(queries.flatten()[real])
-    if not shared.any():
-        return Blocks(blocks, None)
-    return Blocks(blocks, torch.from_numpy(np.argsort(np.concatenate(asked))).to(device))
+    whole, rest = np.flatnonzero(shared == 0), np.flatnonzero((shared > 0) & (own > 0))
+    sizes = np.stack([own, lengths], axis=1) + GRAIN
+    near = np.log(sizes[:, 0]) // np.log(MASKED_PADDING)
+    by_size = whole[np.argsort(-lengths[whole], kind="stable")]
+    by_both = rest[np.lexsort((-lengths[rest], -near[rest]))]
+    runs = [*_alike(by_size, lengths[:, None], 2.0), *_alike(by_both, sizes, MASKED_PADDING)]
+    made = [_block(run, lengths, shared, places, device) for run in runs]
+    back = np.argsort(np.concatenate([asked for _, asked in made]))
+    return Blocks([block for block, _ in made], torch.from_numpy(back).to(device))
+
+
+def _alike(order: Array, sizes: Array, most: float) -> Iterator[Array]:
+    """`order` cut into runs of rows none of whose sizes [R, number of them] is more than `most` times another's."""
+    first = 0
+    for after in range(1, len(order) + 1):
+        if first == after - 1:
+            low = high = sizes[order[first]]
+        if after < len(order):
+            low, high = np.minimum(low, sizes[order[after]]), np.maximum(high, sizes[order[after]])
+        if after == len(order) or (high > most * low).any():
+            yield order[first:after]
+            first = after
+
+
+def _block(
+    rows: Array, lengths: Array, shared: Array, places: Array, device: torch.device
+) -> tuple[Block, Array]:
+    """The block of these rows, and the places of its queries that are not padding."""
+    starts, first, own = (np.cumsum(lengths) - lengths)[rows], shared[rows], lengths - shared
+    keys = places[starts[:, None] + _up_to(lengths[rows])]
+    queries = places[(starts + first)[:, None] + _up_to(own[rows])]
+    real = ragged_arange(np.arange(len(rows)) * queries.shape[1], own[rows])
+    block = Block(
+        torch.from_numpy(queries).to(device),
+        torch.from_numpy(keys).to(device),
+        torch.from_numpy(real).to(device),
+        torch.from_numpy(first).to(device) if first.any() else None,
+    )
+    return block, queries.flatten()[real]
 
 
 def _up_to(sizes: Array) -> Array:
     """int64 [R, longest]: 0, 1, ... of each row, its last place repeated."""
     return np.minimum(np.arange(sizes.max())[None], sizes[:, None] - 1)
-
-
-def _alike(own: Array, lengths: Array, masked: Array) -> Iterator[tuple[int, int]]:
-    """Runs of rows none of which is more than twice another in either length; rows with and without a mask stay apart."""
-    sizes = np.stack([own, lengths, 1 + 2 * masked]).T
-    first = 0
-    low = high = sizes[:1].copy()
-    for after in range(len(own)):
-        low, high = np.minimum(low, sizes[after]), np.maximum(high, sizes[after])
-        if (high > 2 * low).any():
-            yield first, after
-            first = after
-            low = high = sizes[after]
-    if len(own):
-        yield first, len(own)
 
 
 @contextmanager

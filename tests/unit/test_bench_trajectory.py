@@ -9,6 +9,7 @@ from typing import Any
 import pytest
 
 from agl_ray.bench import trajectory as bench
+from agl_ray.bench import tree
 from agl_ray.bench.peers import agentlightning_env as agentlightning
 from agl_ray.types import RunError
 
@@ -35,6 +36,7 @@ def answer(plan: dict[str, Any], lost: int = 0) -> list[dict[str, float]]:
 def small(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(bench, "CASES", SMALL)
     monkeypatch.setattr(bench, "QUICK_SECONDS", 0.0)
+    monkeypatch.setattr(tree, "measure", lambda quick: dict.fromkeys(tree.KEYS, 1.0))
     monkeypatch.setattr(agentlightning, "environment", lambda cache: Path("python"))
 
 
@@ -65,4 +67,29 @@ def test_a_side_that_loses_tokens_is_no_comparison(
 def test_alone_it_needs_no_installation(small: None, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.delattr(agentlightning, "environment")
     numbers = bench.run_trajectory(quick=True, alone=True)
-    assert not [key for key in numbers if "peer" in key or "ratio" in key]
+    assert not [key for key in numbers if "peer" in key or "adapter" in key]
+
+
+def test_a_tree_runs_fewer_tokens_forward_for_the_same_step() -> None:
+    numbers = tree.measure(quick=True)
+    assert numbers.keys() == tree.KEYS.keys()
+    rows = numbers["tree_rows_tokens"]
+    assert numbers["tree_tokens_ratio"] == pytest.approx(rows / numbers["tree_tokens"])
+    assert numbers["tree_tokens_ratio"] > 2
+    assert numbers["tree_trained_tokens"] == 4 * (10 * (8 + 6) + 3 * 8)
+
+
+def test_sides_that_do_other_work_are_no_comparison(monkeypatch: pytest.MonkeyPatch) -> None:
+    work = tree._Side.step
+
+    def less(side: Any, *given: Any) -> dict[str, float]:
+        metrics = work(side, *given)
+        return {
+            **metrics,
+            "tokens_trained": metrics["tokens_trained"] - (side.trajectory.rows == "tree"),
+        }
+
+    monkeypatch.setattr(tree._Side, "step", less)
+    monkeypatch.setattr(tree, "QUICK", tree.Agent(2, 5, 4, 3, 2, 3, 2, rollouts=2, groups=1))
+    with pytest.raises(RunError, match=r"expected the same tokens_trained .* got 26.0 and 25.0"):
+        tree.measure(quick=True)
