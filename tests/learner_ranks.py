@@ -20,6 +20,7 @@ from agl_ray.config.trajectory import TrajectoryConfig
 from agl_ray.learner import fsdp, head
 from agl_ray.learner.prepare import lay_out
 from agl_ray.learner.step import Learner
+from agl_ray.learner.weights import full_state
 from agl_ray.trajectory.batch import GroupPlan, Member, TrainBatch
 
 SECONDS = 120.0  # a rank that takes longer hangs
@@ -88,7 +89,9 @@ def make(rank: int, world_size: int, folder: Path, **settings: Any) -> Learner:
     """settings: of LearnerConfig, `algorithm`, those of AlgorithmConfig, and `chunk`, how many logits the head holds at once."""
     head.CHUNK_LOGITS["cpu"] = settings.pop("chunk", head.CHUNK_LOGITS["cpu"])
     algorithm = AlgorithmConfig.model_validate(settings.pop("algorithm", {}))
-    config = LearnerConfig(**{"tokens_per_microbatch": 50, "warmup_steps": 3, **settings})
+    config = LearnerConfig.model_validate(
+        {"tokens_per_microbatch": 50, "warmup_steps": 3, **settings}
+    )
     return Learner(algorithm, config, folder, rank=rank, world_size=world_size)
 
 
@@ -101,7 +104,7 @@ def job_train(
     load: Path | None = None,
     save: Path | None = None,
 ) -> dict[str, Any]:
-    """Train steps [first, last) after loading `load`; then save to `save`."""
+    """Train steps [first, last) after loading `load`; then save to `save`. critic: its whole state, where there is one."""
     learner = make(rank, world_size, folder, **settings)
     if load is not None:
         learner.load(load)
@@ -113,6 +116,7 @@ def job_train(
         "loaded": loaded,
         "metrics": metrics,
         "state": learner.full_state(),
+        "critic": [] if learner.critic is None else full_state(learner.critic.model),
         "version": learner.version,
     }
 

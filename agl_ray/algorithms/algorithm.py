@@ -14,7 +14,15 @@ import numpy.typing as npt
 
 from agl_ray.algorithms import kl
 from agl_ray.algorithms.aggregation import token_scales
-from agl_ray.algorithms.base import AdvantageInputs, LossInputs, LossOutputs, Tokens, without_signal
+from agl_ray.algorithms.base import (
+    AdvantageInputs,
+    CriticAdvantages,
+    Episodes,
+    LossInputs,
+    LossOutputs,
+    Tokens,
+    without_signal,
+)
 from agl_ray.algorithms.correction import correction
 from agl_ray.algorithms.registry import (
     OTHER_BASELINES,
@@ -35,6 +43,7 @@ TINY = 1e-6  # added to a standard deviation
 
 class Algorithm:
     """needs_entropy: the loss takes the entropy of whole distributions.
+    needs_critic: the advantages are of tokens and made from a critic's values (`critic_advantages`), not of units (`advantages_of`).
     skip_zero_advantage: a token of advantage 0 adds nothing to the loss, so that its row need not be run forward.
     late_advantages: they need the model's log-probabilities, so the learner has them made, not the layout (learner/prepare.py).
     needs_choice: the policy loss acts on tokens that `choose` finds among all of an update."""
@@ -45,13 +54,17 @@ class Algorithm:
         self.late_advantages = config.kl.in_reward
         for place in config.imports:
             load_module(place, base or Path.cwd())
-        self._advantage = find_advantage(config.advantage, base)
+        self._advantage, self._of_critic = find_advantage(config.advantage, base)
+        self.needs_critic = self._of_critic is not None
+        if self.needs_critic and config.normalize == "group":
+            raise ConfigError(
+                f"algorithm.normalize group: expected batch or none, since a critic's advantage ({config.advantage}) has no groups"
+            )
         self._gain = find_policy_loss(config.loss, base)
         self._choice = find_choice(config.loss)
         self.needs_choice = self._choice is not None
-        self.skip_zero_advantage = not (
-            config.kl.in_loss or config.kl.in_reward or self.needs_entropy or self.needs_choice
-        )
+        all_rows = self.needs_entropy or self.needs_choice or self.needs_critic
+        self.skip_zero_advantage = not (config.kl.in_loss or config.kl.in_reward or all_rows)
         if config.zero_signal == "refill" and config.advantage in OTHER_BASELINES:
             raise ConfigError(
                 f"algorithm.zero_signal refill: expected an advantage whose baseline is the group's, got {config.advantage}, under which equal "
@@ -80,18 +93,32 @@ class Algorithm:
     def advantages_of(self, inputs: AdvantageInputs) -> npt.NDArray:
         """float64 [M], one for each unit of credit. Taken before anything is dropped.
 
-        InputError where a user's function gives another shape or no finite numbers.
+        InputError where a user's function gives another shape or no finite numbers; 0 for all with a critic.
         """
         rewards = inputs.rewards
-        made = np.asarray(self._advantage(inputs, self.config), np.float64)
-        if made.shape != rewards.shape or not np.isfinite(made).all():
-            raise InputError(
-                f"algorithm.advantage {self.config.advantage}: expected {len(rewards)} finite numbers, got shape {made.shape}"
-                f"{'' if np.isfinite(made).all() else ' with values that are not finite'}"
-            )
+        if self._advantage is None:
+            return np.zeros(len(rewards))
+        made = self._checked(self._advantage(inputs, self.config), len(rewards))
         if self.config.advantage not in OTHER_BASELINES:
             made[without_signal(rewards, inputs.group)] = 0.0  # not the rounding error of the mean
         return self._normalized(made, inputs.group)
+
+    def critic_advantages(self, episodes: Episodes, values: npt.NDArray) -> CriticAdvantages:
+        """float64 [K] each, from the critic's values [K]; the advantages whitened over them all where the configuration says so."""
+        if self._of_critic is None:
+            raise ConfigError(f"algorithm.advantage {self.config.advantage} has no critic")
+        made = self._of_critic(episodes, values, self.config)
+        advantages, returns = (self._checked(stream, len(values)) for stream in made)
+        return CriticAdvantages(self._normalized(advantages, np.zeros(0, np.int64)), returns)
+
+    def _checked(self, made: npt.ArrayLike, number: int) -> npt.NDArray:
+        made = np.asarray(made, np.float64)
+        if made.shape != (number,) or not np.isfinite(made).all():
+            raise InputError(
+                f"algorithm.advantage {self.config.advantage}: expected {number} finite numbers, got shape {made.shape}"
+                f"{'' if np.isfinite(made).all() else ' with values that are not finite'}"
+            )
+        return made
 
     def _normalized(self, values: npt.NDArray, group: npt.NDArray) -> npt.NDArray:
         if self.config.normalize == "group":

@@ -4,7 +4,8 @@
 
 `gain_t` comes from a policy-loss function (grpo.py, gspo.py, ...), the advantages inside it from an advantage function (grpo.py,
 rloo.py, ...), `w_t` from correction.py, `scale_t` from aggregation.py. Functions are found by name (`agl_ray.algorithms.registry`).
-Test one alone with tests/unit/test_algorithms_*.py. Legend: M units of credit (rollouts, unless `credit.unit` says otherwise), T tokens of one micro-batch, S sequences (rows) in it.
+Test one alone with tests/unit/test_algorithms_*.py. Legend: M units of credit (rollouts, unless `credit.unit` says otherwise), T tokens of one micro-batch, S sequences (rows) in it; with a critic
+K trained tokens of the whole batch in E episodes.
 """
 
 from __future__ import annotations
@@ -38,6 +39,28 @@ class AdvantageInputs:
     turn: npt.NDArray
     state: npt.NDArray
     kept: dict[str, float]
+
+
+@dataclass(frozen=True, slots=True)
+class Episodes:
+    """What a critic's advantages are made from. rewards: float64 [K], of each trained token, episode after episode, in time. lengths: int64
+    [E], each >= 1: tokens per episode."""
+
+    rewards: npt.NDArray
+    lengths: npt.NDArray
+
+    def next_of(self, values: npt.NDArray) -> npt.NDArray:
+        """[K]: `values` of the next token, 0 behind the last one of an episode."""
+        following = np.append(values[1:], 0.0)[: len(values)]
+        following[np.cumsum(self.lengths) - 1] = 0.0
+        return following
+
+
+class CriticAdvantages(NamedTuple):
+    """float64 [K] each. returns: what the critic's values should have been."""
+
+    advantages: npt.NDArray
+    returns: npt.NDArray
 
 
 def without_signal(rewards: npt.NDArray, group: npt.NDArray) -> npt.NDArray:

@@ -19,7 +19,14 @@ from typing import TYPE_CHECKING, Any, TypeVar
 
 import numpy.typing as npt
 
-from agl_ray.algorithms.base import AdvantageInputs, Gain, LossInputs, Tokens
+from agl_ray.algorithms.base import (
+    AdvantageInputs,
+    CriticAdvantages,
+    Episodes,
+    Gain,
+    LossInputs,
+    Tokens,
+)
 from agl_ray.config.imports import load_object
 from agl_ray.types import ConfigError
 
@@ -29,6 +36,7 @@ if TYPE_CHECKING:
     from agl_ray.config.algorithm import AlgorithmConfig
 
 AdvantageFunction = Callable[[AdvantageInputs, "AlgorithmConfig"], npt.NDArray]
+CriticAdvantage = Callable[[Episodes, npt.NDArray, "AlgorithmConfig"], CriticAdvantages]
 PolicyLoss = Callable[[LossInputs, "AlgorithmConfig"], Gain]
 Choice = Callable[[Tokens, "AlgorithmConfig"], "torch.Tensor"]
 F = TypeVar("F", bound=Callable[..., Any])
@@ -40,6 +48,7 @@ OURS = (
     "opo",
     "rae",
     "gigpo",
+    "gae",
     "clip_cov",
     "kl_cov",
     "gspo",
@@ -54,7 +63,10 @@ OURS = (
 OTHER_BASELINES: set[str] = set()
 """Advantages whose baseline is not the group's: a group of equal rewards may have some."""
 
-_advantages: dict[str, AdvantageFunction] = {}
+CRITIC_BASELINES: set[str] = set()
+"""Advantages whose baseline are a critic's values: made by the learner, of tokens."""
+
+_advantages: dict[str, Any] = {}
 _losses: dict[str, PolicyLoss] = {}
 _choices: dict[str, Choice] = {}
 
@@ -62,14 +74,17 @@ _choices: dict[str, Choice] = {}
 def advantage(name: str, *, baseline: str = "group") -> Callable[[F], F]:
     """Register a function as advantage `name`; ConfigError where the name is taken by another function.
 
-    baseline: `group`, where equal rewards of a group mean that nothing is to be learnt from it (its advantages are then exactly 0), or `other`.
+    baseline: `group`, where equal rewards of a group mean that nothing is to be learnt from it (its advantages are then exactly 0), `other`, or
+    `critic`: the function is called as `function(episodes: Episodes, values, config)` and returns CriticAdvantages.
     """
-    if baseline not in ("group", "other"):
+    if baseline not in ("group", "other", "critic"):
         raise ConfigError(
-            f"advantage {name!r}: baseline: expected group or other, got {baseline!r}"
+            f"advantage {name!r}: baseline: expected group, other or critic, got {baseline!r}"
         )
-    if baseline == "other":
+    if baseline != "group":
         OTHER_BASELINES.add(name)
+    if baseline == "critic":
+        CRITIC_BASELINES.add(name)
     return _register(_advantages, name, "advantage")
 
 
@@ -84,9 +99,13 @@ def policy_loss(name: str, *, choose: Choice | None = None) -> Callable[[F], F]:
     return _register(_losses, name, "policy loss")
 
 
-def find_advantage(name: str, base: Path | None = None) -> AdvantageFunction:
-    """The advantage function of this name or `file.py:function`; ConfigError lists what there is."""
-    return _find(_advantages, name, "algorithm.advantage", base)
+def find_advantage(
+    name: str, base: Path | None = None
+) -> tuple[AdvantageFunction | None, CriticAdvantage | None]:
+    """The advantage function of this name or `file.py:function`, in the second place where a critic is its baseline; ConfigError lists
+    what there is."""
+    found = _find(_advantages, name, "algorithm.advantage", base)
+    return (None, found) if name in CRITIC_BASELINES else (found, None)
 
 
 def find_policy_loss(name: str, base: Path | None = None) -> PolicyLoss:

@@ -12,7 +12,7 @@ from typing import Annotated, Any, Literal
 from pydantic import Field, model_validator
 
 from agl_ray.config.kl import KLConfig, reference_folder
-from agl_ray.config.section import PositiveFloat, Section
+from agl_ray.config.section import Fraction, PositiveFloat, Section
 
 Aggregation = Literal[
     "token-mean",
@@ -31,6 +31,7 @@ PRESETS: dict[str, dict[str, Any]] = {
     "reinforce_pp_baseline": {"advantage": "group", "normalize": "batch", "clip_high": 0.2},
     "lite_ppo": {"advantage": "group", "normalize": "batch"},
     "opo": {"advantage": "opo"},
+    "ppo": {"advantage": "gae", "normalize": "batch", "clip_high": 0.2},
     "maxrl": {"advantage": "maxrl"},
     "gspo": {
         "normalize": "group",
@@ -58,15 +59,16 @@ PRESETS: dict[str, dict[str, Any]] = {
 
 class AlgorithmConfig(Section):
     name: str = "grpo"
-    """A preset: grpo, dr_grpo, dapo, rloo, reinforce_pp, reinforce_pp_baseline, lite_ppo, opo, maxrl, gspo, gmpo, cispo, sapo, clip_cov, kl_cov, dppo, topr."""
+    """A preset: grpo, dr_grpo, dapo, rloo, reinforce_pp, reinforce_pp_baseline, lite_ppo, opo, ppo, maxrl, gspo, gmpo, cispo, sapo, clip_cov, kl_cov, dppo, topr."""
     imports: list[str] = []
     """Files (`path/file.py`) or modules that register functions with `@agl.advantage` and `@agl.policy_loss`, to be named below."""
     advantage: str = "group"
     """Advantage of a unit (`credit.unit`) from the rewards of its group: group (minus the mean), rloo (minus the mean of the others), maxrl, opo
     (length-weighted baseline), rae (minus what its role got so far; `credit.unit: role`), gigpo (by rollout and by
-    state; `credit.unit: call`), reward (no baseline), a name registered with `@agl.advantage`, or `file.py:function`."""
+    state; `credit.unit: call`), gae (of every token, from a critic, `learner.critic`), reward (no baseline), a name registered with `@agl.advantage`, or `file.py:function`."""
     normalize: Literal["none", "group", "batch"] = "none"
-    """Divide the advantage by the group's standard deviation (the original GRPO), or whiten it over the whole batch (REINFORCE++)."""
+    """Divide the advantage by the group's standard deviation (the original GRPO), or whiten it over the whole batch (REINFORCE++, PPO): over
+    its units, with gae over its trained tokens."""
     zero_signal: Literal["keep", "refill"] = "keep"
     """A row whose rollouts all got the same reward teaches nothing. keep: its group stays in the batch, where it counts in the denominators;
     refill (DAPO's dynamic sampling): it leaves the batch, and a further row is sampled in its place. Refill needs a group's advantages to be
@@ -80,6 +82,15 @@ class AlgorithmConfig(Section):
     """Advantage gigpo: discount of rewards that come in later calls."""
     gigpo_weight: PositiveFloat = 1.0
     """Advantage gigpo: weight of the advantage among equal states."""
+    gae_gamma: Annotated[float, Field(gt=0, le=1)] = 1.0
+    """Advantage gae: discount per trained token. 1: a reward is worth the same however many tokens lie before it."""
+    gae_lambda: Fraction = 1.0
+    """Advantage gae: 1 waits for the rewards (no bias from a poor critic, more noise), 0 trusts the next token's value."""
+    gae_return_lambda: Fraction | None = None
+    """Advantage gae: the same for the returns that the critic learns (1 in 2503.01491). None = `gae_lambda`."""
+    gae_over: Literal["unit", "rollout"] = "unit"
+    """Advantage gae: what an episode is. unit: a unit of credit (`credit.unit`); rollout: all units of a rollout, in the order of their calls, each
+    reward at the last token of its unit (`credit.unit` call or role, `credit.outcome` last or none)."""
     loss: str = "clip"
     """Gain of a token: clip (PPO), gspo, gmpo, cispo, sapo, clip_cov, kl_cov, dppo, topr, a name registered with `@agl.policy_loss`, or `file.py:function`."""
     aggregation: Aggregation = "token-mean"
@@ -158,6 +169,10 @@ class AlgorithmConfig(Section):
             raise ValueError(
                 "algorithm.kl.where reward makes rewards negative, and advantage maxrl needs rewards of 0 or more; use where: loss"
             )
+        if self.advantage == "gae" and self.normalize == "group":
+            raise ValueError(
+                "algorithm.normalize group divides by the spread of a group, and gae has no groups; say batch or none"
+            )
         for field, (switch, values) in _ACTS_WITH.items():
             changed = getattr(self, field) != type(self).model_fields[field].default
             if changed and getattr(self, switch) not in values:
@@ -187,6 +202,10 @@ _ACTS_WITH: dict[str, tuple[str, tuple[str, ...]]] = {
     "rae_decay": ("advantage", ("rae",)),
     "gigpo_gamma": ("advantage", ("gigpo",)),
     "gigpo_weight": ("advantage", ("gigpo",)),
+    "gae_gamma": ("advantage", ("gae",)),
+    "gae_lambda": ("advantage", ("gae",)),
+    "gae_return_lambda": ("advantage", ("gae",)),
+    "gae_over": ("advantage", ("gae",)),
     "norm_tokens": ("aggregation", ("seq-mean-token-sum-norm",)),
     "dual_clip": ("loss", ("clip",)),
     "sapo_tau_positive": ("loss", ("sapo",)),

@@ -14,6 +14,7 @@ from pydantic import Field, field_validator, model_validator
 from agl_ray.config.agent import AgentKey
 from agl_ray.config.algorithm import AlgorithmConfig
 from agl_ray.config.credit import CreditConfig
+from agl_ray.config.critic import GROUP_BASELINES, CriticConfig, check_critic
 from agl_ray.config.judge import JudgeConfig
 from agl_ray.config.roles import RoleConfig, RoleName
 from agl_ray.config.runners import RunnersConfig
@@ -55,9 +56,9 @@ class DataConfig(Section):
 class RolloutSection(Section):
     groups_per_step: Positive = 16
     """Rows (groups) per training step."""
-    group_size: Annotated[int, Field(ge=2)] = 8
-    """Rollouts of the same row; the group's mean reward is the baseline."""
-    min_group: Annotated[int, Field(ge=2)] = 2
+    group_size: Positive = 8
+    """Rollouts of the same row, from whose rewards `algorithm.advantage` makes the baseline. 1 only where it needs no group (gae, reward, rae)."""
+    min_group: Positive = 2
     """A group with fewer `ok` attempts is dropped and replaced by another row; counted."""
     timeout_seconds: PositiveFloat = 60.0
     """Deadline of one attempt; past it the attempt ends `timeout`."""
@@ -152,6 +153,8 @@ class LearnerConfig(Section):
     """Compute format of the forward pass (FSDP mixed precision); parameters stay float32."""
     gradient_checkpointing: bool = False
     """Keep only the inputs of the layers and compute the rest again in the backward pass: less memory per token, about a third more time."""
+    critic: CriticConfig = CriticConfig()
+    """The critic of `algorithm.advantage: gae` (PPO): a second model of the policy's size in the same ranks."""
     num_cpus: Annotated[float, Field(ge=0)] = 0.5
     """CPUs that Ray reserves for one rank."""
     num_gpus: Annotated[float, Field(ge=0)] = 0.0
@@ -276,6 +279,11 @@ class RunConfig(Section):
             raise ValueError(
                 f"rollout.min_group ({self.rollout.min_group}) is larger than rollout.group_size ({self.rollout.group_size}): no group could ever be trained on"
             )
+        if self.rollout.min_group < 2 and self.algorithm.advantage in GROUP_BASELINES:
+            raise ValueError(
+                f"rollout.min_group: expected 2 or more, got {self.rollout.min_group}: algorithm.advantage {self.algorithm.advantage} "
+                "compares the rollouts of a group, and one alone has nothing to be compared with"
+            )
         if self.rollout.max_tokens >= self.engine.max_model_len:
             raise ValueError(
                 f"rollout.max_tokens ({self.rollout.max_tokens}) leaves no room for a prompt in engine.max_model_len ({self.engine.max_model_len})"
@@ -303,6 +311,7 @@ class RunConfig(Section):
                 "algorithm.loss kl_cov penalises what has moved since the start of the batch, and with learner.minibatches 1 nothing has; say "
                 "2 or more"
             )
+        check_critic(self.algorithm, self.credit, self.learner.critic)
         if self.weights.transport == "nccl" and not (
             self.engine.num_gpus and self.learner.num_gpus
         ):

@@ -1,4 +1,4 @@
-"""Checkpoints of the learner: parameters, optimiser, random state, counters, by torch.distributed.checkpoint.
+"""Checkpoints of the learner: parameters, optimiser, those of the critic, random state, counters, by torch.distributed.checkpoint.
 
 Written by all ranks into a folder `.NAME.partial`, which is renamed to NAME when all are done: a killed save never looks
 complete. A checkpoint of any number of ranks is read by any other. Called by learner/step.py. Test it alone with
@@ -9,7 +9,7 @@ from __future__ import annotations
 
 import json
 import warnings
-from collections.abc import Iterator
+from collections.abc import Iterable, Iterator
 from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
@@ -30,10 +30,16 @@ from agl_ray.learner.export import new_partial, put_in_place
 from agl_ray.types.errors import InputError
 
 POSITION = "position.json"
+Part = tuple[Any, torch.optim.Optimizer]
+"""A model and its optimiser."""
 
 
 def save(
-    path: str | Path, model: Any, optimizer: torch.optim.Optimizer, position: dict[str, Any]
+    path: str | Path,
+    model: Any,
+    optimizer: torch.optim.Optimizer,
+    position: dict[str, Any],
+    critic: Part | None = None,
 ) -> None:
     """Write a checkpoint; all ranks call it with the same `path`, on a file system that they share. `position`: counters and numbers kept, as JSON."""
     target, first = Path(path), _rank() == 0
@@ -41,12 +47,9 @@ def save(
     if first:
         new_partial(target)
     fsdp.barrier()
-    state: dict[str, Any] = {
-        "model": get_model_state_dict(model),
-        _rng_key(): torch.get_rng_state(),
-    }
-    if optimizer.state:  # asking a fresh optimiser for its state would make it take a step
-        state["optimizer"] = get_optimizer_state_dict(model, optimizer)
+    state = {**_state_of(model, optimizer), _rng_key(): torch.get_rng_state()}
+    if critic is not None:
+        state["critic"] = _state_of(*critic)
     with _alone_is_fine():
         dcp.save(state, storage_writer=dcp.FileSystemWriter(partial))
     if first:
@@ -55,25 +58,32 @@ def save(
     fsdp.barrier()
 
 
-def load(path: str | Path, model: Any, optimizer: torch.optim.Optimizer) -> dict[str, Any]:
-    """Restore model, optimiser and this rank's random state in place; returns the position. InputError where `path` is no complete checkpoint."""
+def load(
+    path: str | Path, model: Any, optimizer: torch.optim.Optimizer, critic: Part | None = None
+) -> dict[str, Any]:
+    """Restore model, optimiser, critic and this rank's random state in place; returns the position. InputError where `path` is no complete
+    checkpoint, or has no critic."""
     folder = Path(path)
     if not (folder / POSITION).is_file():
         raise InputError(
             f"checkpoint {folder}: expected a folder with {POSITION}, found none; it is not a checkpoint, or its saving was interrupted"
         )
     reader = dcp.FileSystemReader(folder)
-    stored = reader.read_metadata().state_dict_metadata
-    state: dict[str, Any] = {"model": get_model_state_dict(model)}
-    if any(key.startswith("optimizer.") for key in stored):
-        state["optimizer"] = get_optimizer_state_dict(model, optimizer)
+    stored = reader.read_metadata().state_dict_metadata.keys()
+    state = _state_of(model, optimizer, _has(stored, "optimizer."))
+    if critic is not None:
+        if not _has(stored, "critic."):
+            raise InputError(
+                f"checkpoint {folder}: expected a critic, found none; it is of a run whose algorithm.advantage had no critic"
+            )
+        state["critic"] = _state_of(*critic, _has(stored, "critic.optimizer."))
     if _rng_key() in stored:
         state[_rng_key()] = torch.get_rng_state()
     with _alone_is_fine():
         dcp.load(state, storage_reader=reader)
-    set_model_state_dict(model, state["model"])
-    if "optimizer" in state:
-        set_optimizer_state_dict(model, optimizer, state["optimizer"])
+    _put_back(model, optimizer, state)
+    if critic is not None:
+        _put_back(*critic, state["critic"])
     if _rng_key() in state:
         torch.set_rng_state(state[_rng_key()])
     position: dict[str, Any] = json.loads((folder / POSITION).read_text())
@@ -92,6 +102,27 @@ def load_model_only(path: str | Path, model: Any) -> None:
             f"checkpoint {path}: expected one of this run's model, it is of another one: {cause}"
         ) from error
     set_model_state_dict(model, state["model"])
+
+
+def _state_of(
+    model: Any, optimizer: torch.optim.Optimizer, stepped: bool | None = None
+) -> dict[str, Any]:
+    """stepped: whether the optimiser has a state; None where it is to be asked."""
+    state: dict[str, Any] = {"model": get_model_state_dict(model)}
+    # Asking a fresh optimiser for its state would make it take a step.
+    if bool(optimizer.state) if stepped is None else stepped:
+        state["optimizer"] = get_optimizer_state_dict(model, optimizer)
+    return state
+
+
+def _put_back(model: Any, optimizer: torch.optim.Optimizer, state: dict[str, Any]) -> None:
+    set_model_state_dict(model, state["model"])
+    if "optimizer" in state:
+        set_optimizer_state_dict(model, optimizer, state["optimizer"])
+
+
+def _has(stored: Iterable[str], prefix: str) -> bool:
+    return any(key.startswith(prefix) for key in stored)
 
 
 @contextmanager

@@ -1,6 +1,6 @@
 """AdamW (arXiv 1711.05101), linear warm-up to a constant rate, clipping by the global norm.
 
-Called by learner/step.py. Test it alone with tests/unit/test_learner_step.py.
+Called by learner/step.py and learner/critic.py. Test it alone with tests/unit/test_learner_step.py.
 """
 
 from __future__ import annotations
@@ -12,16 +12,17 @@ import torch
 from agl_ray.learner import fsdp
 
 if TYPE_CHECKING:
+    from agl_ray.config.critic import CriticConfig
     from agl_ray.config.models import LearnerConfig
 
 
-def make_optimizer(model: Any, config: LearnerConfig) -> torch.optim.AdamW:
+def make_optimizer(model: Any, config: LearnerConfig | CriticConfig) -> torch.optim.AdamW:
     return torch.optim.AdamW(
         model.parameters(), lr=config.lr, betas=config.betas, weight_decay=config.weight_decay
     )
 
 
-def learning_rate(config: LearnerConfig, update: int) -> float:
+def learning_rate(config: LearnerConfig | CriticConfig, update: int) -> float:
     """Of optimiser update `update`, counted from 0 over the whole run."""
     return config.lr * min(1.0, (update + 1) / max(1, config.warmup_steps))
 

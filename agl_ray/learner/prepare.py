@@ -15,7 +15,8 @@ from typing import TYPE_CHECKING
 import numpy as np
 import pyarrow as pa
 
-from agl_ray.algorithms.base import AdvantageInputs
+from agl_ray.algorithms.base import AdvantageInputs, Episodes
+from agl_ray.algorithms.gae import TokenPlaces, lay_episodes
 from agl_ray.config.trajectory import TrajectoryConfig
 from agl_ray.learner.layouts import LAYOUTS, Layout
 from agl_ray.learner.packing import Packed, pack
@@ -32,6 +33,10 @@ if TYPE_CHECKING:
     from agl_ray.config.models import LearnerConfig
 
 
+ALL_SIGNAL = {"zero_signal_groups": 0.0, "zero_signal_unit_groups": 0.0}
+"""With a critic every group may be learnt from; its advantages are of tokens, and learner/critic.py counts them."""
+
+
 @dataclass(frozen=True, slots=True)
 class Update:
     """One optimiser update on one rank: its micro-batches, as many on every rank."""
@@ -43,13 +48,15 @@ class Update:
 class Payload:
     """One rank's work for step `step`. `stats` are counts over the whole batch, the same on every rank. kept: what the advantage function
     keeps from this step on. units: where the advantages are still to be made (`Algorithm.late_advantages`, `with_advantages`); then a column
-    `unit` says which of them each token belongs to, U where to none."""
+    `unit` says which of them each token belongs to, U where to none. episodes: with a critic, those of the whole batch; then a column `place`
+    says where in them each token is, and `advantages` are 0 until the critic has made them."""
 
     step: int
     updates: list[Update]
     stats: Mapping[str, float]
     kept: Mapping[str, float]
     units: Units | None = None
+    episodes: Episodes | None = None
 
 
 def lay_out(
@@ -76,12 +83,15 @@ def lay_out(
     units = (credit or Credit()).units(built.calls, spans, batch)
     _check_decidable(units, batch, algorithm)
     after = dict(kept or {})
-    late = algorithm.late_advantages
+    late = algorithm.late_advantages and not algorithm.needs_critic
     advantages_U = (
         np.zeros(len(units.reward)) if late else algorithm.advantages_of(_inputs(units, after))
     )
     rows, unrewarded = _only_of_units(built.rows, units)
     rows, stay, dropped = fit(rows, config.max_row_tokens, trajectory)
+    episodes = None
+    if algorithm.needs_critic:
+        rows, episodes = _with_places(rows, units, algorithm.config.gae_over)
     row, attempt = rows.row_of_token, built.attempt[stay]
     scales = algorithm.scales(rows.weights, attempt[row], row)
     unit = units.of_call[rows.columns["call"]]
@@ -93,7 +103,7 @@ def lay_out(
         **built.counts(),
         **units.counts,
         **dropped,
-        **_signal(advantages_U, units, len(batch.groups)),
+        **(_signal(advantages_U, units, len(batch.groups)) if episodes is None else ALL_SIGNAL),
         "groups": float(len(batch.groups)),
         "rollouts": float(len(batch.members)),
         "tokens_dropped_unrewarded": unrewarded,
@@ -112,10 +122,9 @@ def lay_out(
     updates, forward = _pack_alike(rows, parts, layout, world_size, config.tokens_per_microbatch)
     stats |= {"rows": float(len(rows)), **forward}
     stats["seconds_layout"] = time.perf_counter() - started
+    of_all = (stats, after, units if late else None, episodes)
     return [
-        Payload(
-            batch.step, [update[rank] for update in updates], stats, after, units if late else None
-        )
+        Payload(batch.step, [update[rank] for update in updates], *of_all)
         for rank in range(world_size)
     ]
 
@@ -173,6 +182,22 @@ def _only_of_units(rows: Rows, units: Units) -> tuple[Rows, float]:
     if not without.any():
         return rows, 0.0
     return replace(rows, weights=np.where(without, 0, rows.weights)), float(without.sum())
+
+
+def _with_places(rows: Rows, units: Units, over: str) -> tuple[Rows, Episodes]:
+    """The episodes of the trained tokens, and the rows with int32 column `place`, where a token is in them; -1 where it is not trained."""
+    tokens = np.flatnonzero(rows.weights)
+    call = rows.columns["call"][tokens]
+    line = units.member if over == "rollout" else np.arange(len(units.reward))
+    of_units = np.flatnonzero(units.of_call >= 0)
+    last = np.full(len(line), -1, np.int64)
+    np.maximum.at(last, units.of_call[of_units], of_units)
+    at = tokens - rows.starts[rows.row_of_token[tokens]]
+    places = TokenPlaces(line[units.of_call[call]], call, at, line, last)
+    episodes, index = lay_episodes(places, units.reward)
+    place = np.full(len(rows.ids), -1, np.int32)
+    place[tokens] = index
+    return replace(rows, columns={**rows.columns, "place": place}), episodes
 
 
 def _signal(advantages_U: Array, units: Units, rows: int) -> dict[str, float]:

@@ -20,6 +20,7 @@ from agl_ray.algorithms.base import LossInputs
 from agl_ray.algorithms.kl import estimate
 from agl_ray.learner import checkpoint, fsdp, optim
 from agl_ray.learner.choice import choose
+from agl_ray.learner.critic import Critic
 from agl_ray.learner.export import export
 from agl_ray.learner.model import load_model
 from agl_ray.learner.packing import Packed, TokenOutputs, token_outputs
@@ -27,7 +28,7 @@ from agl_ray.learner.prepare import Payload, Update, with_advantages
 from agl_ray.learner.recompute import recompute_layers
 from agl_ray.learner.reference import Known, make_reference, penalties
 from agl_ray.learner.weights import full_state
-from agl_ray.types.errors import RunError
+from agl_ray.types.errors import ConfigError, RunError
 
 if TYPE_CHECKING:
     from agl_ray.config.algorithm import AlgorithmConfig
@@ -51,8 +52,13 @@ unit_groups, zero_signal_unit_groups, rollouts, rollouts_without_calls, rollouts
 rewards_of_parts, rewards_unplaced (of parts without a call), calls, calls_failed, calls_greedy, calls_constrained, calls_frozen, branches, retokenized_tokens
 (of all calls). reward_of.DIMENSION: mean over the rollouts that have it; reward_role.ROLE: mean over the units of a role (credit.unit call,
 role). advantage_mean, advantage_std, advantage_max (of the absolute ones): over all units.
-Seconds: seconds_read (spans from the store), seconds_layout (rows, packing), seconds_old_logprobs, seconds_reference, seconds_choice (of tokens by the losses
-clip_cov and kl_cov), seconds_forward_backward, seconds_optimizer, seconds_train (the last five and the rest of `train`).
+With a critic (learner/critic.py): value_mean and return_mean (over the trained tokens of the whole batch, before the critic's updates), explained_variance
+(1 - Var(return - value) / Var(return)), value_loss (mean over the critic's updates, critic_updates of them, at critic_lr), value_clip_fraction (share of
+tokens whose clipped value counts), critic_grad_norm (before clipping); advantages are then of tokens, no group is without signal, and
+kl_penalty is the mean over the episodes.
+Seconds: seconds_read (spans from the store), seconds_layout (rows, packing), seconds_old_logprobs, seconds_reference, seconds_values and
+seconds_critic (with a critic), seconds_choice (of tokens by the losses clip_cov and kl_cov), seconds_forward_backward, seconds_optimizer,
+seconds_train (the last seven and the rest of `train`).
 """
 
 DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16}
@@ -62,7 +68,7 @@ class Learner:
     """One rank's model and optimiser. With `world_size` above 1 the ranks' group (fsdp.join_group) must be joined before.
 
     base: where files that `algorithm` names are looked up too. version: the weight version that it holds; 0 is the base model.
-    updates: optimiser updates so far. kept: what the advantage function keeps from step to step, as of this version.
+    updates: optimiser updates so far. critic: None where the algorithm needs none. kept: what the advantage function keeps from step to step, as of this version.
     """
 
     def __init__(
@@ -91,6 +97,15 @@ class Learner:
             algorithm.kl, self.model_path, base, self.dtype, world_size=world_size, device=device
         )
         self.optimizer = optim.make_optimizer(self.model, config)
+        self.critic = None
+        if not self.algorithm.needs_critic and config.critic != type(config.critic)():
+            raise ConfigError(
+                f"learner.critic acts with a critic's advantage only, and algorithm.advantage is {algorithm.advantage!r}; leave it out"
+            )
+        if self.algorithm.needs_critic:
+            self.critic = Critic(
+                config, self.algorithm, model_path, self.dtype, world_size=world_size, device=device
+            )
         self.version = 0
         self.updates = 0
         self.kept: dict[str, float] = {}
@@ -109,14 +124,19 @@ class Learner:
             )
         totals = _Totals(self.model.device)
         known = self._known(payload, totals)
-        if payload.units is not None:
+        of_critic: dict[str, float] = {}
+        if self.critic is not None:
+            payload, of_critic = self.critic.step(payload, known, totals.timed)
+        elif payload.units is not None:
             penalty = penalties(payload, known, self.algorithm.config.kl)
             payload = with_advantages(payload, penalty, self.algorithm)
-        for update, streams in zip(payload.updates, known, strict=True):
+        # The critic leaves no update while it learns alone.
+        for update, streams in zip(payload.updates, known[: len(payload.updates)], strict=True):
             self._update(update, streams, totals)
         self.version += 1
         self.kept = dict(payload.kept)
-        return {**payload.stats, **totals.metrics(len(payload.updates)), "lr": self.lr}
+        made = totals.metrics(len(payload.updates))
+        return {**payload.stats, **made, **of_critic, "lr": self.lr}
 
     @property
     def lr(self) -> float:
@@ -133,7 +153,7 @@ class Learner:
             for update, of_update in zip(payload.updates, known, strict=True)
             for micro, streams in zip(update.micros, of_update, strict=True)
         ]
-        if len(payload.updates) > 1 or payload.units is not None:
+        if len(payload.updates) > 1 or self.algorithm.late_advantages:
             with totals.timed("old_logprobs"):
                 for micro, streams in work:
                     streams["old_logprobs"] = self._outputs(micro).logprobs
@@ -230,13 +250,20 @@ class Learner:
     def save(self, path: str | Path) -> None:
         """Write a checkpoint (all ranks)."""
         position = {"version": self.version, "updates": self.updates, "kept": self.kept}
-        checkpoint.save(path, self.model, self.optimizer, position)
+        if self.critic is not None:
+            position["critic_updates"] = self.critic.updates
+        checkpoint.save(path, self.model, self.optimizer, position, self._critic_part())
 
     def load(self, path: str | Path) -> None:
         """Go to the state of a checkpoint (all ranks)."""
-        position = checkpoint.load(path, self.model, self.optimizer)
+        position = checkpoint.load(path, self.model, self.optimizer, self._critic_part())
+        if self.critic is not None:
+            self.critic.updates = position["critic_updates"]
         self.version, self.updates = position["version"], position["updates"]
         self.kept = position["kept"]
+
+    def _critic_part(self) -> checkpoint.Part | None:
+        return None if self.critic is None else (self.critic.model, self.critic.optimizer)
 
     def export(self, path: str | Path) -> None:
         """Write a Hugging Face folder (all ranks)."""

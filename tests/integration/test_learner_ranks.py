@@ -86,6 +86,30 @@ def test_two_ranks_choose_the_tokens_that_one_would(folder: Path) -> None:
         assert left["cov_fraction"] == pytest.approx(right["cov_fraction"])
 
 
+def test_two_ranks_with_a_critic_equal_one_and_change_places(folder: Path, tmp_path: Path) -> None:
+    """Three steps of PPO by one rank, by two, and by two that one goes on from."""
+    algorithm = {"name": "ppo", "gae_lambda": 0.9, "kl": {"coefficient": 0.1, "where": "reward"}}
+    critic = {"epochs": 2, "lr": 1e-2}
+    settings = {"minibatches": 2, "lr": 1e-3, "algorithm": algorithm, "critic": critic}
+    path = tmp_path / "step-2"
+    (one,) = learner_ranks.run(1, "train", folder, (1, 4), settings)
+    first, second = learner_ranks.run(2, "train", folder, (1, 3), settings, None, path)
+    (rest,) = learner_ranks.run(1, "train", folder, (3, 4), settings, path)
+    both = {**rest, "metrics": first["metrics"] + rest["metrics"]}
+    assert second["metrics"][1]["value_loss"] == first["metrics"][1]["value_loss"]
+    assert_close(one, both, atol=5e-5)
+    assert_close({**one, "state": one["critic"]}, {**both, "state": both["critic"]}, atol=5e-4)
+    for left, right in zip(one["metrics"], both["metrics"], strict=True):
+        for name in (
+            "value_loss",
+            "value_mean",
+            "explained_variance",
+            "critic_grad_norm",
+            "kl_penalty",
+        ):
+            assert left[name] == pytest.approx(right[name], abs=1e-4), name
+
+
 def test_two_ranks_with_tied_embeddings(tmp_path: Path) -> None:
     tied = model_folder(tmp_path / "tied", tied=True)
     path = tmp_path / "step-2"
