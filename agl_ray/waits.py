@@ -45,16 +45,21 @@ def current() -> list[dict[str, Any]]:
 
 
 async def wait(awaitable: Awaitable[T], *, on: str, seconds: float, hint: str = "") -> T:
-    """Await `awaitable` (a coroutine, a future, a Ray ObjectRef) for at most `seconds`; WaitTimeout names `on`."""
+    """Await `awaitable` (a coroutine, a future, a Ray ObjectRef) for at most `seconds`; WaitTimeout names `on`.
+
+    What an awaitable raises because the deadline cut it off is the cause of a WaitTimeout, no error of its own.
+    """
+    limit = asyncio.timeout(seconds)
     with _registered(on, seconds):
         try:
             # Not wait_for: Python 3.11's loses a cancellation that arrives together with the result, and makes a task for each wait.
-            async with asyncio.timeout(seconds):
+            async with limit:
                 return await awaitable
-        except TimeoutError as error:
-            if isinstance(error, WaitTimeout):
-                raise
-            raise WaitTimeout(on, seconds, hint) from error
+        except Exception as error:
+            late = limit.expired() or isinstance(error, TimeoutError)
+            if late and not isinstance(error, WaitTimeout):
+                raise WaitTimeout(on, seconds, hint) from error
+            raise
 
 
 def get(ref: Any, *, on: str, seconds: float, hint: str = "") -> Any:

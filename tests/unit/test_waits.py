@@ -58,3 +58,23 @@ def test_a_deadline_inside_keeps_its_own_name() -> None:
             await waits.wait(inner, on="the outer one", seconds=30)
 
     asyncio.run(main())
+
+
+def test_what_a_wait_raises_when_it_is_cut_off_is_its_timeouts_cause() -> None:
+    """As pymongo does under Python 3.11: a cancelled wait for a lock ends with RuntimeError."""
+
+    async def stubborn() -> None:
+        try:
+            await asyncio.sleep(5)
+        except asyncio.CancelledError:
+            raise RuntimeError("cannot wait on un-acquired lock") from None
+
+    async def main() -> None:
+        with pytest.raises(WaitTimeout, match="for the driver") as caught:
+            await waits.wait(stubborn(), on="the driver", seconds=0.01)
+        assert isinstance(caught.value.__cause__, RuntimeError)
+        current = asyncio.current_task()
+        assert current is not None
+        assert not current.cancelling()
+
+    asyncio.run(main())

@@ -128,11 +128,16 @@ class MongoJournal:
         self._client = None
         if client is None:
             return
-        try:
-            on = f"{self._server.name} to close its connections"
-            await waits.wait(client.close(), on=on, seconds=CLOSE_SECONDS)
-        except (*FAILURES, TimeoutError) as error:  # nothing is lost: all writes were answered
-            log.warning("%s: cannot close its connections: %s", self._server.name, error)
+        for _ in range(
+            2
+        ):  # the first may wait for a dead server to end its sessions; the second has none
+            try:
+                on = f"{self._server.name} to close its connections"
+                await waits.wait(client.close(), on=on, seconds=CLOSE_SECONDS)
+            except (*FAILURES, TimeoutError) as error:  # nothing is lost: all writes were answered
+                log.warning("%s: cannot close its connections: %s", self._server.name, error)
+            else:
+                return
 
     def _database(self) -> AsyncDatabase[Any]:
         if self._client is None:
