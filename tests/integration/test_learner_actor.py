@@ -17,6 +17,8 @@ from learner_data import model_folder, random_batch
 from actors.learner import LearnerRank, PeerLost
 from actors.store import create_store
 from agl_ray import waits
+from agl_ray.config.algorithm import AlgorithmConfig
+from agl_ray.config.kl import KLConfig
 from agl_ray.config.models import DataConfig, LearnerConfig, ModelConfig, RunConfig
 from agl_ray.config.trajectory import TrajectoryConfig
 from agl_ray.learner.step import Learner
@@ -46,6 +48,7 @@ def config(
         trajectory=TrajectoryConfig(rows=rows),
         model=ModelConfig(path="unused"),
         data=DataConfig(train="unused", val="unused"),
+        algorithm=AlgorithmConfig(kl=KLConfig(coefficient=0.1, where="reward")),
         learner=LearnerConfig(
             world_size=world_size, tokens_per_microbatch=60, step_timeout_seconds=60
         ),
@@ -144,7 +147,9 @@ def test_two_ranks_train_from_the_store_and_stage_their_weights(
     for one, two in zip(alone, both, strict=True):
         assert one["rows"] > two["rows"] > 4
         assert one["tokens_of_batch"] == two["tokens_of_batch"]
-        assert one["loss"] == pytest.approx(two["loss"], abs=1e-5)
+        for name in ("loss", "kl_reference", "kl_penalty"):
+            assert one[name] == pytest.approx(two[name], abs=1e-5)
+    assert both[1]["kl_reference"] > 0
     loaded = Learner(config(1).algorithm, config(1).learner, folder)
     loaded.load(tmp_path / "step-2")
     exported = Learner(config(1).algorithm, config(1).learner, tmp_path / "export")

@@ -13,10 +13,15 @@ from learner_data import VOCABULARY, call, model_folder, random_batch, table
 from transformers import AutoConfig, AutoModelForCausalLM
 
 from agl_ray.algorithms.algorithm import make_algorithm
+from agl_ray.config.credit import CreditConfig
 from agl_ray.config.models import AlgorithmConfig, LearnerConfig
+from agl_ray.config.trajectory import TrajectoryConfig
+from agl_ray.learner.packing import token_logprobs
 from agl_ray.learner.prepare import Payload, lay_out
+from agl_ray.learner.reference import Known, penalties
 from agl_ray.learner.step import Learner
 from agl_ray.trajectory.batch import GroupPlan, Member, TrainBatch
+from agl_ray.trajectory.credit import Credit
 from agl_ray.trajectory.rows import build_rows
 from agl_ray.types import InputError
 
@@ -119,6 +124,62 @@ def test_the_step_does_not_depend_on_the_micro_batches(
     for name in ("loss", "grad_norm", "kl_reference", "kl_old"):
         assert seen[0][name] == pytest.approx(seen[1][name], abs=1e-5)
     assert seen[0]["kl_old"] > 0
+
+
+def test_rows_that_share_their_beginnings_are_penalised_alike(folder: Path, other: Path) -> None:
+    spans, batch = random_batch(5)
+    of = algorithm(coefficient=0.3, where="reward", reference=str(other))
+    seen = []
+    for rows in ("merge-prefix", "per-call", "tree"):
+        laid_out = lay_out(
+            spans,
+            batch,
+            make_algorithm(of),
+            LearnerConfig(),
+            world_size=1,
+            seed=0,
+            trajectory=TrajectoryConfig.model_validate({"rows": rows}),
+        )
+        seen.append(Learner(of, LearnerConfig(), folder).train(laid_out[0]))
+    for metrics in seen[1:]:
+        for name in ("loss", "grad_norm", "kl_reference", "kl_penalty", "advantage_std"):
+            assert metrics[name] == pytest.approx(seen[0][name], rel=1e-4), name
+
+
+def test_where_calls_are_the_units_each_call_answers_for_its_own_tokens(
+    folder: Path, other: Path
+) -> None:
+    spans, batch = random_batch(6)
+    of = algorithm(coefficient=0.3, where="reward", reference=str(other))
+    credit = Credit(CreditConfig(unit="call"))
+    made = make_algorithm(of)
+    laid_out = lay_out(spans, batch, made, LearnerConfig(), world_size=1, seed=0, credit=credit)[0]
+    learner = Learner(of, LearnerConfig(), folder)
+    (known,) = known_of(learner, laid_out)
+    got = penalties(laid_out, [known], of.kl)
+    now, _ = logprobs_by_hand(folder, spans, batch)
+    away = now - logprobs_by_hand(other, spans, batch)[0]
+    built = build_rows(spans, batch.attempts)
+    units = credit.units(built.calls, spans, batch)
+    unit = units.of_call[built.rows.columns["call"][built.rows.weights > 0]]
+    np.testing.assert_allclose(got, 0.3 * np.bincount(unit, weights=away), atol=1e-5)
+    assert len(got) > len(batch.members)
+
+
+def known_of(learner: Learner, of: Payload) -> Known:
+    """What the learner knows before the updates, here computed by it alone."""
+    assert learner.reference is not None
+    with torch.no_grad():
+        return [
+            [
+                {
+                    "old_logprobs": token_logprobs(learner.model, micro),
+                    "reference_logprobs": learner.reference.logprobs(micro),
+                }
+                for micro in update.micros
+            ]
+            for update in of.updates
+        ]
 
 
 def train(learner: Learner, of: AlgorithmConfig, steps: range) -> list[dict[str, float]]:
