@@ -94,15 +94,22 @@ def judge_of_rows(task: dict[str, Any], reward: float | None) -> agl.Verdict:
 
 
 @agl.rollout
-async def three_roles(task: dict[str, Any], ctx: agl.RolloutContext) -> float:
-    """Asks a planner, a critic and a judge; the reward is the parity of the planner's answer."""
+async def three_roles(task: dict[str, Any], ctx: agl.RolloutContext) -> None:
+    """Asks a planner, a critic and a judge; gives the planner's call a reward of its own and leaves the rollout's to `judge_of_plans`."""
     from openai import AsyncOpenAI
 
-    said = {}
     for role in ("planner", "critic", "judge"):
         llm = ctx.llm(role)
         async with AsyncOpenAI(base_url=llm.endpoint, api_key=llm.api_key) as client:
             messages: list[Any] = [{"role": "user", "content": task["question"]}]
             found = await client.chat.completions.create(model=llm.model, messages=messages)
-        said[role] = found.choices[0].message.content or ""
-    return float(sum(said["planner"].encode()) % 2)
+        if role == "planner":
+            agl.emit_reward(0.1 * (ctx.group_index or 0), call_id=found.id)
+    agl.emit_object({"pid": os.getpid()})
+
+
+def judge_of_plans(calls: list[Any], reward: float | None) -> float:
+    """The parity of what the planner said."""
+    assert reward is None
+    (plan,) = (call for call in calls if call.role == "planner")
+    return float(sum((plan.response["content"] or "").encode()) % 2)
