@@ -60,8 +60,8 @@ class Refill:
         reward of all of their rollouts (the batch's own leaves out what was all right and all wrong). The step is forgotten."""
         of_step = self._steps.pop(step, _Step())
         return {
-            "groups_sampled": of_step.sampled,
-            "groups_refilled": of_step.refilled,
-            "groups_short": of_step.short,
+            "groups_sampled": float(of_step.sampled),
+            "groups_refilled": float(of_step.refilled),
+            "groups_short": float(of_step.short),
             "reward_sampled": of_step.rewards / max(1, of_step.rollouts),
         }

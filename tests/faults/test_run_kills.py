@@ -91,8 +91,35 @@ def check_spans(expected: int, reward: float, spans: list[dict[str, Any]]) -> No
     assert any(span["kind"] == "call" for span in spans)
 
 
+def check_rows(folder: Path, steps: int) -> None:
+    """Every row that was handed out was trained once, or had no signal, and none was lost with what was in flight."""
+
+    async def check() -> None:
+        core = await StoreCore.open(f"sqlite:///{folder / 'store.db'}")
+        store = LightningStore.local(core)
+        bodies = [await store.get_state(f"step/{step}") for step in range(1, steps + 1)]
+        batches = [from_json(body, TrainBatch) for body in bodies if body is not None]
+        assert len(batches) == steps
+        rollouts = [r for r in await store.query_rollouts(limit=-1) if r.mode == "train"]
+        rows = {r.rollout_id: r.metadata["row"] for r in rollouts if "step" in r.metadata}
+        trained = [rows[group.members[0].rollout_id] for one in batches for group in one.groups]
+        assert len(trained) == len(set(trained))
+        assert batches[-1].open_rows == ()
+        handed_out = set(range(batches[-1].next_row))
+        assert set(rows.values()) == handed_out
+        reward_of = {a.rollout_id: a.reward for a in await store.get_attempts(list(rows))}
+        ordered = sorted(rollouts, key=lambda r: r.start_time)
+        for row in handed_out - set(trained):
+            last = [r.rollout_id for r in ordered if rows.get(r.rollout_id) == row][-4:]
+            assert len({reward_of[name] for name in last}) == 1, row
+        await core.close()
+
+    asyncio.run(check())
+
+
 def test_a_killed_controller_goes_on_from_the_stores_position(model: Path, tmp_path: Path) -> None:
-    run = WholeRun(tmp_path, model, ["train.steps=5"]).start()
+    extra = ["train.steps=5", "train.staleness=1", "algorithm.name=dapo"]
+    run = WholeRun(tmp_path, model, extra).start()
     try:
         run.until(r"step 2/5")
         run.kill("ray::Controller")
@@ -101,6 +128,7 @@ def test_a_killed_controller_goes_on_from_the_stores_position(model: Path, tmp_p
         assert run.summary["updates"] == 5
         assert run.summary["restarts"]["controller"] == 1
         assert run.text.count("validation before training") == 1
+        check_rows(run.run_folder, 5)
         assert run.left_over() == []
     finally:
         run.close()
