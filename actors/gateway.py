@@ -121,6 +121,7 @@ class Gateway:
             call_timeout_seconds=config.gateway.call_timeout_seconds,
             overlong=config.gateway.overlong,
             limits=Limits(config.gateway.max_calls, config.gateway.max_tokens_per_rollout),
+            allow_constrained=config.gateway.allow_constrained,
         )
         store = LightningStore.connect(namespace=namespace)
         main = HandleEngine(engine)

@@ -16,6 +16,7 @@ from typing import Any
 
 from aiohttp import ClientError, ClientSession, ClientTimeout, web
 
+from agl_ray.gateway.caller import caller_of
 from agl_ray.spans import KIND_CALL
 from agl_ray.tracing import SpanRecorder
 from agl_ray.types import RunError
@@ -129,6 +130,9 @@ class _Call:
         self._recorder, self._started = recorder, time.time_ns()
         self._counts = request.method == "POST"
         self._path = request.match_info["path"]
+        self._caller = caller_of(
+            (name.lower().encode(), value.encode()) for name, value in request.headers.items()
+        )
         self._role = request.match_info["role"].removeprefix("/role/") or None
         self._tokens: dict[str, int] = {}
         self._facts: dict[str, Any] = {}
@@ -178,9 +182,17 @@ class _Call:
             role=self._role,
             status="OK" if good else "ERROR",
             status_message=None if good else f"HTTP {status}",
+            **self._place(),
             **self._tokens,
             **self._facts,
         )
+
+    def _place(self) -> dict[str, str]:
+        """The columns of its parent, where the client said inside of which span it called."""
+        root = f"{self._recorder.root.span_id:016x}"
+        if self._caller is None or self._caller.parent_id == root:
+            return {}
+        return self._caller._asdict()
 
 
 def _error(status: int, text: str) -> web.Response:

@@ -123,6 +123,10 @@ class GatewayConfig(Section):
     max_tokens_per_rollout: Positive | None = None
     """Most response tokens of one attempt's calls together; a call gets at most what is left of them, and is refused with status 429 where
     that is nothing. Calls open at the same time do not know of each other's. None = no limit."""
+    allow_constrained: bool = False
+    """Training rollouts may ask for answers of a form: a JSON schema (`response_format`, `text.format`), a forced tool call (`tool_choice`). Such an
+    answer's log-probabilities are not the policy's, so its tokens are context and never trained on (counted: `calls_constrained`).
+    False: such calls are refused in training, unless the rollout's metadata has `allow_constrained: true`."""
     proxy: Literal["haproxy", "serve"] = "haproxy"
     """Ray Serve's front proxy: HAProxy (6x the requests/s) or Serve's own."""
     api_key_env: Annotated[str, Field(min_length=1)] | None = None

@@ -19,6 +19,7 @@ from typing import Any, Protocol
 
 import msgspec
 
+from agl_ray.gateway.caller import CallPath
 from agl_ray.gateway.canonical import CallRequest, CallResult, Refusal, as_history
 from agl_ray.gateway.record import (
     FAILED_CALL_NAME,
@@ -67,19 +68,6 @@ class StoreClient(Protocol):
     async def update_attempt(
         self, rollout_id: str, attempt_id: str, *, metadata: dict[str, Any]
     ) -> Attempt: ...
-
-
-@dataclass(frozen=True)
-class CallPath:
-    """Whose call it is."""
-
-    rollout_id: str
-    attempt_id: str
-    role: str | None = None
-
-    def __str__(self) -> str:
-        role = f" role {self.role}" if self.role else ""
-        return f"rollout {self.rollout_id} attempt {self.attempt_id}{role}"
 
 
 @dataclass
@@ -319,9 +307,7 @@ class Attempts:
     def _unanswered(name: str, path: CallPath, message: str, started_ns: int) -> Any:
         return unanswered_span(
             name,
-            rollout_id=path.rollout_id,
-            attempt_id=path.attempt_id,
-            role=path.role,
+            path=path,
             message=message,
             start_ns=started_ns,
             end_ns=time.time_ns(),

@@ -2,8 +2,9 @@
 
 Such an answer is not sampled from the model's own distribution: tokens that the form forbids have probability 0, the others the more.
 Its logprobs are those of the distribution that was sampled from, which the learner does not compute. So in a training rollout it is
-refused, unless the rollout's metadata has `allow_constrained: true`; and every such call's span has the attribute `agl.constrained`
-(json | json_object | tool), by which training can leave its tokens out. Elsewhere it is simply done.
+refused, unless the run (`gateway.allow_constrained`) or the rollout (`allow_constrained` in its metadata, which goes first) allows it;
+and every such call's span has the attribute `agl.constrained` (json | json_object | tool), by which training leaves its tokens out: they
+are context, `calls_constrained` and `tokens_dropped_constrained` among a step's metrics count them. Elsewhere it is simply done.
 
 Called by: the dialects (the functions that read a wish), the door (`allowed`, `structure`). Test alone:
 `pytest tests/unit/test_gateway_constrained.py`.
@@ -63,15 +64,17 @@ def kind(request: CallRequest) -> str | None:
     return next(iter(request.constraint), None)
 
 
-def allowed(request: CallRequest, rollout: Rollout) -> None:
-    """Refusal for a constrained call of a training rollout that does not allow it."""
-    if kind(request) is None or rollout.mode != "train" or rollout.metadata.get(ALLOW) is True:
+def allowed(request: CallRequest, rollout: Rollout, by_default: bool) -> None:
+    """Refusal for a constrained call of a training rollout that does not allow it; `by_default` of one that says nothing of it."""
+    if kind(request) is None or rollout.mode != "train":
+        return
+    if rollout.metadata.get(ALLOW, by_default) is True:
         return
     raise Refusal(
         400,
         f"an answer that must have a form ({kind(request)}) is refused in a training rollout: it bends the distribution that answers "
-        f"are sampled from, so its logprobs are not the policy's; ask for the form in the prompt, use it in validation only, or put "
-        f"{ALLOW}: true into the rollout's metadata",
+        f"are sampled from, so its logprobs are not the policy's; ask for the form in the prompt, use it in validation only, or set "
+        f"gateway.{ALLOW}: true (for one rollout: {ALLOW} in its metadata), which leaves such answers out of training",
         param="tool_choice" if kind(request) == "tool" else _FIELDS.get(request.dialect),
         code="constrained_in_training",
     )

@@ -18,7 +18,8 @@ from contextlib import aclosing, asynccontextmanager
 from dataclasses import dataclass, field
 from typing import Any
 
-from agl_ray.gateway.attempts import Attempts, CallPath, Live, StoreClient
+from agl_ray.gateway.attempts import Attempts, Live, StoreClient
+from agl_ray.gateway.caller import CallPath
 from agl_ray.gateway.canonical import CallRequest, CallResult, Refusal, Streamed
 from agl_ray.gateway.constrained import allowed, structure
 from agl_ray.gateway.engine_api import GenerateRequest, GenerateResult, join_chunks
@@ -50,7 +51,7 @@ _RECORDED = (TOO_MANY_CALLS, TOO_MANY_TOKENS, OVERLONG)  # codes of refusals tha
 class DoorSettings:
     """max_model_len: tokens of prompt and response; call_timeout_seconds: one call, holds and retries included;
     store_timeout_seconds: one store operation; idle_seconds: after which a session is forgotten; overlong: see overlong.py; limits: of
-    one attempt."""
+    one attempt; allow_constrained: see constrained.py."""
 
     max_model_len: int
     call_timeout_seconds: float = 60.0
@@ -58,6 +59,7 @@ class DoorSettings:
     idle_seconds: float = 900.0
     overlong: Overlong = "error"
     limits: Limits = field(default_factory=Limits)
+    allow_constrained: bool = False
 
 
 class Door:
@@ -190,7 +192,7 @@ class Door:
         sampling = merge(request.sampling, live.rollout, live.llm, live.drawn)
         check(sampling, live.rollout.mode if role.trained else None)
         if role.trained:
-            allowed(request, live.rollout)
+            allowed(request, live.rollout, settings.allow_constrained)
         structured = structure(request, role.renderer)
         wanted = _least(sampling.get("max_tokens"), settings.limits.tokens_left(live))
         plan, cut = fit(
@@ -314,9 +316,7 @@ class Door:
         call.timings["engine"] = (time.time_ns() - call.started_ns) / 1e9
         call.timings["read"] = time.perf_counter() - started
         batch = call_span(
-            rollout_id=call.path.rollout_id,
-            attempt_id=call.path.attempt_id,
-            role=call.path.role,
+            path=call.path,
             request=call.request,
             sampling=call.sampling,
             result=result,

@@ -6,7 +6,8 @@
 Called by: `actors/gateway.py` (Ray Serve), or any ASGI server. No framework: a request costs no routing table, no pydantic. What
 differs between the APIs is in the table of dialects, the error bodies included. A path with `/v1` twice is taken for one with it
 once: the base URL of an LLM resource ends in `/v1`, and Anthropic's client adds its own. Where the run has a key, all but /healthz asks for
-it (`Authorization: Bearer` or `x-api-key`). The headers `anthropic-version` and `anthropic-beta` are accepted and change nothing. When the caller goes away the call is cancelled, and
+it (`Authorization: Bearer` or `x-api-key`). The headers `anthropic-version` and `anthropic-beta` are accepted and change nothing; `traceparent` makes
+the call's span a child of the caller's (caller.py). When the caller goes away the call is cancelled, and
 with it the engine's work. Test alone: `pytest tests/unit/test_gateway_http.py`.
 """
 
@@ -19,7 +20,7 @@ from contextlib import aclosing
 
 import msgspec
 
-from agl_ray.gateway.attempts import CallPath
+from agl_ray.gateway.caller import CallPath, caller_of
 from agl_ray.gateway.canonical import CallRequest, CallResult, Refusal
 from agl_ray.gateway.dialects import chat_answer, messages
 from agl_ray.gateway.dialects.table import CHAT, DIALECTS, MESSAGES, Dialect, StreamWriter
@@ -58,7 +59,7 @@ class GatewayApp:
             return
         if scope["type"] != "http":
             return
-        path, action = _route([part for part in scope["path"].split("/") if part])
+        path, action = _route([part for part in scope["path"].split("/") if part], scope)
         dialect = _dialect(action, scope)
         try:
             await self._answer(scope, path, action, receive, send)
@@ -176,7 +177,7 @@ class GatewayApp:
             yield writer.error(refusal)
 
 
-def _route(parts: list[str]) -> tuple[CallPath | None, str]:
+def _route(parts: list[str], scope: Scope) -> tuple[CallPath | None, str]:
     """(whose call, what of it) of a URL's path segments."""
     if len(parts) < 5 or parts[0] != "rollout" or parts[2] != "attempt":
         return None, "/".join(parts)
@@ -185,7 +186,8 @@ def _route(parts: list[str]) -> tuple[CallPath | None, str]:
         role, rest = rest[1], rest[2:]
     if rest[:2] == ["v1", "v1"]:
         rest = rest[1:]
-    return CallPath(rollout_id=parts[1], attempt_id=parts[3], role=role), "/".join(rest)
+    caller = caller_of(scope.get("headers") or ())
+    return CallPath(parts[1], parts[3], role, caller), "/".join(rest)
 
 
 def _dialect(action: str, scope: Scope) -> Dialect:

@@ -13,7 +13,7 @@ from typing import Any
 
 import msgspec
 
-from agl_ray.gateway.attempts import CallPath
+from agl_ray.gateway.caller import CallPath
 from agl_ray.gateway.canonical import CallRequest, CallResult, Streamed
 from agl_ray.gateway.door import Door
 

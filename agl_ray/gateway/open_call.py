@@ -8,7 +8,8 @@ from __future__ import annotations
 from dataclasses import dataclass
 from typing import Any
 
-from agl_ray.gateway.attempts import CallPath, Live
+from agl_ray.gateway.attempts import Live
+from agl_ray.gateway.caller import CallPath
 from agl_ray.gateway.canonical import CallRequest
 from agl_ray.gateway.overlong import Cut
 from agl_ray.gateway.roles import EngineRole

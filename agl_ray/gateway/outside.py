@@ -14,7 +14,8 @@ from dataclasses import dataclass
 
 import msgspec
 
-from agl_ray.gateway.attempts import Attempts, CallPath, Live
+from agl_ray.gateway.attempts import Attempts, Live
+from agl_ray.gateway.caller import CallPath
 from agl_ray.gateway.canonical import CallRequest, CallResult, Refusal, Streamed
 from agl_ray.gateway.record import outside_span
 from agl_ray.gateway.upstream import Outside, Upstream
@@ -104,9 +105,7 @@ class OutsideCall:
         )
         settings = self.upstream.settings
         batch = outside_span(
-            rollout_id=path.rollout_id,
-            attempt_id=path.attempt_id,
-            role=path.role,
+            path=path,
             request=self.request,
             result=result,
             endpoint={"url": settings.base_url, "model": settings.model, "answered": answer.model},

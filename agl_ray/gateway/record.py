@@ -21,6 +21,7 @@ import msgspec
 import numpy as np
 import pyarrow as pa
 
+from agl_ray.gateway.caller import CallPath
 from agl_ray.gateway.calls import Call, Point, message_key, thoughts, tool_ids
 from agl_ray.gateway.canonical import CallRequest, CallResult, as_history
 from agl_ray.gateway.session import Plan, Session
@@ -38,9 +39,7 @@ NO_IDS = "none: a model outside answered, and gives no token ids"
 
 def call_span(
     *,
-    rollout_id: str,
-    attempt_id: str,
-    role: str | None,
+    path: CallPath,
     request: CallRequest,
     sampling: Mapping[str, Any],
     result: CallResult,
@@ -87,9 +86,7 @@ def call_span(
         request,
         result,
         attributes,
-        rollout_id=rollout_id,
-        attempt_id=attempt_id,
-        role=role,
+        **_place(path),
         start_ns=start_ns,
         end_ns=end_ns,
         parent_call=plan.parent.call_id if plan.parent else None,
@@ -105,9 +102,7 @@ def call_span(
 
 def outside_span(
     *,
-    rollout_id: str,
-    attempt_id: str,
-    role: str | None,
+    path: CallPath,
     request: CallRequest,
     result: CallResult,
     endpoint: Mapping[str, Any],
@@ -134,9 +129,7 @@ def outside_span(
         request,
         result,
         attributes,
-        rollout_id=rollout_id,
-        attempt_id=attempt_id,
-        role=role,
+        **_place(path),
         start_ns=start_ns,
         end_ns=end_ns,
         prompt_tokens=result.num_prompt,
@@ -169,17 +162,14 @@ def _call_batch(
 def unanswered_span(
     name: str,
     *,
-    rollout_id: str,
-    attempt_id: str,
-    role: str | None,
+    path: CallPath,
     message: str,
     start_ns: int,
     end_ns: int,
 ) -> pa.RecordBatch:
     """A call that failed or was refused (`name`): a plain span, so that nobody takes it for tokens."""
     row = {
-        "rollout_id": rollout_id,
-        "attempt_id": attempt_id,
+        **_place(path),
         "span_id": new_span_id(),
         "name": name,
         "kind": KIND_SPAN,
@@ -187,9 +177,14 @@ def unanswered_span(
         "end_ns": end_ns,
         "status": "ERROR",
         "status_message": message,
-        "role": role,
     }
     return span_batch([row])
+
+
+def _place(path: CallPath) -> dict[str, Any]:
+    """The columns that say whose call it was: the attempt's, and a child of the span that it was made in."""
+    place = {"rollout_id": path.rollout_id, "attempt_id": path.attempt_id, "role": path.role}
+    return place if path.caller is None else {**place, **path.caller._asdict()}
 
 
 def _json_texts(attributes: Mapping[str, Any]) -> dict[str, JsonText]:

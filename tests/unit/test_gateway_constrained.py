@@ -113,6 +113,20 @@ def test_training_refuses_it_unless_the_rollout_allows_it(
     assert "agl.constrained" in desk.rows[0]["attributes"]
 
 
+@pytest.mark.parametrize(("metadata", "status"), [({}, 200), ({"allow_constrained": False}, 400)])
+def test_a_run_may_allow_it_and_a_rollout_has_the_last_word(
+    renderer: Renderer, metadata: dict[str, Any], status: int
+) -> None:
+    desk = Desk(
+        renderer, [says(renderer, "{}")], mode="train", metadata=metadata, allow_constrained=True
+    )
+    action, fields = FORMATS[0]
+    assert desk.post(action, body(action, fields)).status_code == status
+    assert [row["attributes"].get("agl.constrained") for row in desk.rows] == ["json"][
+        : status == 200
+    ]
+
+
 def test_free_answers_have_no_mark(renderer: Renderer) -> None:
     desk = Desk(renderer, [says(renderer, "2")], mode="train")
     desk.post("v1/chat/completions", {**CHAT, "response_format": {"type": "text"}, **CHAT_TOOL})

@@ -11,7 +11,7 @@ from typing import Any
 import pytest
 from gateway_fakes import TOOL, FakeEngine, FakeStore, save_model_folder
 
-from agl_ray.gateway.attempts import CallPath
+from agl_ray.gateway.caller import CallPath
 from agl_ray.gateway.canonical import CallRequest, CallResult, Refusal, Streamed
 from agl_ray.gateway.door import Door, DoorSettings
 from agl_ray.gateway.engine_api import GenerateRequest, GenerateResult

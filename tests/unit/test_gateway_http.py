@@ -9,7 +9,7 @@ from typing import Any
 
 import pytest
 
-from agl_ray.gateway.attempts import CallPath
+from agl_ray.gateway.caller import CallPath
 from agl_ray.gateway.canonical import CallRequest, CallResult, Refusal, Streamed
 from agl_ray.gateway.http import GatewayApp
 

@@ -9,7 +9,7 @@ import pytest
 from gateway_desk import Desk, says
 from gateway_fakes import save_model_folder
 
-from agl_ray.gateway.attempts import CallPath
+from agl_ray.gateway.caller import CallPath
 from agl_ray.gateway.canonical import SAMPLING_KEYS
 from agl_ray.gateway.limits import Limits
 from agl_ray.gateway.render import Renderer

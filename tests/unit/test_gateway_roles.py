@@ -101,6 +101,6 @@ def test_the_session_of_a_role_survives_a_restart(renderer: Renderer) -> None:
 
 
 def _path() -> Any:
-    from agl_ray.gateway.attempts import CallPath
+    from agl_ray.gateway.caller import CallPath
 
     return CallPath("ro-1", "at-1")

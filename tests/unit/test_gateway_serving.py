@@ -13,7 +13,7 @@ from gateway_fakes import save_model_folder
 from actors.engine import affinity
 from actors.gateway import gateway_key
 from agl_ray.config.models import RunConfig
-from agl_ray.gateway.attempts import CallPath
+from agl_ray.gateway.caller import CallPath
 from agl_ray.gateway.render import Renderer
 from agl_ray.types import ConfigError
 

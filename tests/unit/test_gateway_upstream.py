@@ -15,7 +15,7 @@ from gateway_desk import Desk
 from gateway_fakes import TOOL, save_model_folder
 
 from agl_ray.gateway import upstream
-from agl_ray.gateway.attempts import CallPath
+from agl_ray.gateway.caller import CallPath
 from agl_ray.gateway.canonical import CallRequest
 from agl_ray.gateway.render import Renderer
 from agl_ray.gateway.roles import OutsideRole
