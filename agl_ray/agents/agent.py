@@ -100,7 +100,8 @@ class LitAgent(Generic[T]):
     stateless: bool = False
 
     def rollout(self, task: T, resources: NamedResources, rollout: Rollout) -> Any:
-        """Run the agent on `task`; return the reward, or None when it was emitted or posted."""
+        """Run the agent on `task`; return the reward, None when it was emitted or posted, or a list of spans to record with the attempt
+        (`agl_ray.agents.returned_spans`), whose last reward counts."""
         raise InputError(
             f"{type(self).__name__}: expected one of rollout, rollout_async, training_rollout... to be defined, got none"
         )

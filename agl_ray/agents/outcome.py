@@ -10,8 +10,9 @@ import traceback
 from typing import Any
 
 from agl_ray.agents.agent import EnvironmentFailure
+from agl_ray.agents.returned_spans import record_returned
 from agl_ray.tracing import SpanRecorder, finite_reward
-from agl_ray.types import AttemptedRollout, EndReason, EngineError, Record
+from agl_ray.types import AttemptedRollout, EndReason, EngineError, InputError, Record
 
 NO_REWARD = (
     "the agent returned None and no reward was emitted or posted for its attempt: return a number or call "
@@ -31,13 +32,21 @@ class Outcome(Record, frozen=True):
 
 
 def returned(value: Any, recorder: SpanRecorder) -> Outcome:
-    """The outcome of an agent that returned `value`; None takes the last reward that it emitted."""
+    """The outcome of an agent that returned `value`: its reward, spans (`returned_spans`), or None. Without a reward the last one that it
+    emitted counts."""
     if value is None:
         return Outcome(reason=EndReason.OK, reward=recorder.last_reward())
+    if isinstance(value, list) and not any(isinstance(one, int | float | str) for one in value):
+        try:
+            reward = record_returned(value, recorder)
+        except InputError as error:
+            return Outcome(reason=EndReason.AGENT_ERROR, error=str(error))
+        last = recorder.last_reward() if reward is None else reward
+        return Outcome(reason=EndReason.OK, reward=last)
     try:
         return Outcome(reason=EndReason.OK, reward=finite_reward(value))
     except ValueError:
-        text = f"the agent returned {value!r:.500} as its reward: expected a finite number or None"
+        text = f"the agent returned {value!r:.500} as its reward: expected a finite number, a list of spans, or None"
         return Outcome(reason=EndReason.AGENT_ERROR, error=text)
 
 

@@ -126,9 +126,13 @@ def row_of(
         "attributes": kept,
         "resource": {key: value for key, value in resource.items() if key not in _ID_NAMES},
         **columns,
-        **_model_call(kept),
-        **_reward(span_id, kept),
+        **columns_of(span_id, kept),
     }
+
+
+def columns_of(span_id: str, attributes: Mapping[str, Any]) -> dict[str, Any]:
+    """The columns that attributes fill: of a model call, of a reward. InputError for a reward that is none."""
+    return {**_model_call(attributes), **_reward(span_id, attributes)}
 
 
 def _model_call(attributes: Mapping[str, Any]) -> dict[str, Any]:

@@ -58,6 +58,7 @@ class SpanRecorder:
         self.closed = False
         self._rows: list[dict[str, Any]] = []
         self._recorded = 0
+        self._ids: set[str] = set()
         self._last_reward: float | None = None
         self._unfinished: dict[int, Callable[[], dict[str, Any]]] = {}
         self._lock = threading.Lock()
@@ -79,6 +80,10 @@ class SpanRecorder:
     def num_spans(self) -> int:
         """Spans of the attempt so far, those that were lost included."""
         return self._recorded + self.lost.total()
+
+    def has(self, span_id: str) -> bool:
+        """Whether a span of this id was recorded."""
+        return span_id in self._ids
 
     def is_own_process(self) -> bool:
         """False in a forked copy of the agent's process: nobody fetches what is recorded there."""
@@ -142,6 +147,7 @@ class SpanRecorder:
             return
         self._rows.append(row)
         self._recorded += 1
+        self._ids.add(row["span_id"])
         # A reward with a target is for a call or a tag, not for the rollout.
         if row.get("reward") is not None and row.get("reward_target") is None:
             self._last_reward = row["reward"]
