@@ -184,6 +184,7 @@ class Controller:
             base=self.base,
             namespace=self.namespace,
             notice=lambda text: self._said.tell_soon(Notice(text=text, restarted="runner")),
+            remark=lambda text: self._said.tell_soon(Notice(text=text)),
             hooks=self.hooks,
             host=replace(self.host, store_url=endpoint if self.config.store.door else None),
         )

@@ -105,10 +105,10 @@ class GroupRollouts:
         rollouts = await self.store.enqueue_many_rollouts(requests)
         ids = [rollout.rollout_id for rollout in rollouts]
         per_attempt = self.config.rollout.timeout_seconds + self.config.runners.lease_seconds
-        waves = 1 + self.config.rollouts_per_step // (
-            self.config.runners.num_runners * self.config.runners.concurrency
-        )
+        runners = self.config.runners
+        waves = 1 + self.config.rollouts_per_step // (max(1, runners.fewest) * runners.concurrency)
         limit = per_attempt * self.config.rollout.max_attempts * waves + GRACE
+        limit += runners.start_seconds  # the pool says itself what keeps its runners from starting
         done = await self.store.wait_for_rollouts(rollout_ids=ids, timeout=limit)
         if len(done) < len(ids):
             missing = sorted(set(ids) - {rollout.rollout_id for rollout in done})

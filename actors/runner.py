@@ -7,6 +7,8 @@ ends its open attempts as `lost` and queues their rollouts again, and the pool s
     lease     free places          attempts                       the store's queue (long poll), at most LEASE_POLL seconds
     attempt   one attempt          spans, reward, end reason      the agent, at most the rollout's deadline
     renew     the clock            lease renewals                 the store
+
+`stop` cancels what is open; `drain` lets it end. Test alone: tests/integration/test_runner_pool.py, test_runner_elastic.py.
 """
 
 from __future__ import annotations
@@ -21,6 +23,7 @@ from agl_ray.agents import NO_HOST, Hook, Host, LitAgent, Outcome, check_hooks, 
 from agl_ray.agents.calling import left_threads
 from agl_ray.agents.command import STORE_KEY
 from agl_ray.agents.isolation import isolated
+from agl_ray.config.runners import RunnersConfig
 from agl_ray.config.tracing import TracingConfig
 from agl_ray.judge import judged
 from agl_ray.judge.settle import Judges
@@ -72,13 +75,16 @@ class Runner:
         self.timeout_seconds, self.lease_seconds = timeout_seconds, lease_seconds
         self._open: dict[asyncio.Task[None], AttemptedRollout] = {}
         self._stopping = asyncio.Event()
+        self._draining = False
+        self._working, self._resting = asyncio.Event(), asyncio.Event()
+        self._resting.set()
         self._finished = 0
 
     async def ping(self) -> str:
         return self.worker_id
 
     async def run(self) -> int:
-        """Work until `stop` is called; the number of attempts that were ended here."""
+        """Work until `stop` or `drain` is called; the number of attempts that were ended here."""
         renewal = asyncio.create_task(self._renew())
         stop = asyncio.create_task(self._stopping.wait())
         ends: set[asyncio.Future[Any]] = {stop}
@@ -87,7 +93,7 @@ class Runner:
             ends.add(asyncio.create_task(self._work(renewal)))
             done, _ = await asyncio.wait(ends, return_when=asyncio.FIRST_COMPLETED)
             for end in done:
-                end.result()  # raises, but for `stop`: the others end by themselves only through an error
+                end.result()  # raises, but for `stop` and `drain`: nothing else ends by itself without an error
         finally:
             for task in (renewal, *ends):
                 task.cancel()
@@ -96,8 +102,24 @@ class Runner:
         return self._finished
 
     async def _work(self, renewal: asyncio.Task[None]) -> None:
-        while True:
+        while not self._draining:
             await self._lease(renewal)
+        while self._open:  # each has its deadline
+            await asyncio.wait(self._open, return_when=asyncio.FIRST_COMPLETED)
+
+    async def drain(self) -> None:
+        """Lease nothing more; `run` returns when what is open has ended, that of a lease that is on its way included."""
+        self._draining = True
+
+    async def idle(self, seconds: float) -> None:
+        """Returns once nothing has been run here for `seconds`, counted from this call at the earliest."""
+        while True:
+            await self._resting.wait()
+            try:
+                async with asyncio.timeout(seconds):
+                    await self._working.wait()
+            except TimeoutError:
+                return
 
     async def stop(self) -> None:
         """Lease nothing more; `run` returns after cancelling what is open."""
@@ -122,10 +144,15 @@ class Runner:
                 self._attempt(attempt, resources[attempt.rollout.resources_id])
             )
             self._open[task] = attempt
+            self._resting.clear()
+            self._working.set()
             task.add_done_callback(self._forget)
 
     def _forget(self, task: asyncio.Task[None]) -> None:
         attempt = self._open.pop(task)
+        if not self._open:
+            self._working.clear()
+            self._resting.set()
         if not task.cancelled() and task.exception() is not None:
             log.error(
                 "attempt %s could not be ended", attempt.attempt_id, exc_info=task.exception()
@@ -236,14 +263,19 @@ def _otlp_endpoint(resources: NamedResources) -> str | None:
     return next((f"{one.endpoint.rstrip('/')}/v1/traces" for one in gateways), None)
 
 
-def runner_options(worker_id: str, num_cpus: float) -> dict[str, Any]:
+def runner_options(worker_id: str, runners: RunnersConfig) -> dict[str, Any]:
     """Ray options of a runner actor. It is not restarted by Ray: the pool replaces it under a new worker id, so that a
     late word from the old one can never be taken for the new one's."""
+    given = runners.runtime_env
     return {
         "name": worker_id,
-        "num_cpus": num_cpus,
+        "num_cpus": runners.num_cpus,
+        "resources": dict(runners.resources),
         "max_restarts": 0,
         "max_concurrency": 16,
         "scheduling_strategy": "SPREAD",
-        "runtime_env": {"env_vars": {"OMP_NUM_THREADS": "1"}},
+        "runtime_env": {
+            **given,
+            "env_vars": {"OMP_NUM_THREADS": "1", **given.get("env_vars", {})},
+        },
     }

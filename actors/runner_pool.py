@@ -1,18 +1,30 @@
-"""The pool of runners: keeps `num_runners` alive and tells the store at once when one dies.
+"""The pool of runners: keeps as many alive as there should be and tells the store at once when one dies.
 
-Not an actor of its own: a helper inside the controller, which owns the runners (when the controller dies, Ray ends them).
+Not an actor of its own: a helper inside the controller, which owns the runners (when the controller dies, Ray ends them). Each runner has
+a place, a task that starts it, replaces it when it dies, and ends with it.
+
+    loop      consumes                       produces              waits for
+    place     a runner's life                the next runner       its start, at most runners.start_seconds; then its end, of which Ray tells
+    grow      a queue that does not empty    places                the store (a condition there), a place that is free, runners that start
+    shrink    a runner without work          its end               the runner (a condition there), the others
+
+Test alone: tests/integration/test_runner_pool.py, test_runner_elastic.py.
 """
 
 from __future__ import annotations
 
 import asyncio
-from collections.abc import Callable
+import logging
+import math
+from collections.abc import Callable, Coroutine
+from typing import Any
 
 import ray
 from ray.actor import ActorHandle
 
 from actors.judge import JudgePool
 from actors.runner import Runner, runner_options
+from actors.runner_start import NotStarted, first_line, started, whole
 from agl_ray.agents import NO_HOST, Hook, Host, LitAgent
 from agl_ray.config import RunConfig
 from agl_ray.store import LightningStore
@@ -22,13 +34,18 @@ from agl_ray.waits import wait
 STOP = 8.0  # seconds that a runner gets to leave on its own
 FAST_DEATHS = 5  # runners that may die within QUICK seconds of their start, in a row, before the run is stopped
 QUICK = 10.0
+GROW_AFTER = 1.0  # seconds that rollouts must have waited before runners are added
+HEAR = 3600.0  # seconds of one wait for the queue; nothing hangs on it
+REST = 60.0  # seconds before a runner that found no place is asked for again
+
+log = logging.getLogger(__name__)
 
 
 class RunnerPool:
-    """`start()` places the runners, `supervise()` runs until `stop()` and replaces the dead.
+    """`supervise()` places the runners, replaces the dead, grows and shrinks where `runners.max_runners` says so, until `stop()`.
 
-    notice: called with one sentence for the person when a runner died and was replaced. hooks: around every rollout. host: what
-    agents are told.
+    notice: called with what the person should know when a runner died and was replaced; remark: when one cannot start. hooks: around
+    every rollout. host: what agents are told.
     """
 
     def __init__(
@@ -40,66 +57,184 @@ class RunnerPool:
         base: str,
         namespace: str,
         notice: Callable[[str], None],
+        remark: Callable[[str], None] = log.warning,
         hooks: tuple[Hook, ...] = (),
         host: Host = NO_HOST,
     ) -> None:
         self.config, self.store, self.agent = config, store, agent
-        self.base, self.namespace, self.notice = base, namespace, notice
+        self.base, self.namespace = base, namespace
+        self.notice, self.remark = notice, remark
         self.hooks, self.host = hooks, host
         self._judges: JudgePool | None = None
         if config.judge.on:
             self._judges = JudgePool(config.judge, base=base, namespace=namespace)
         self._handles: dict[str, ActorHandle] = {}
-        self._empty = asyncio.Event()
+        self._starting: set[str] = set()
+        self._leaving: set[str] = set()
+        self._tasks: set[asyncio.Task[None]] = set()
+        self._growing: asyncio.Task[None] | None = None
+        self._staying = 0  # places whose runner was not asked to leave
+        self._num_made = 0
+        self._news = asyncio.Event()  # of what is above
+        self._over = asyncio.Event()
+        self._error: BaseException | None = None
+        self._refused = False
         self._stopping = False
 
+    @property
+    def num_runners(self) -> int:
+        """Runners that are there or start, without those that leave."""
+        return self._staying
+
     async def supervise(self) -> None:
-        """Keep every place of the pool filled until `stop`; RunError when runners die as fast as they start."""
+        """Keep the pool as it should be until `stop`; RunError when runners die as fast as they start, or cannot start."""
         if self._judges is not None:
             await self._judges.start()
-        await asyncio.gather(*(self._place(i) for i in range(self.config.runners.num_runners)))
+        for _ in range(self.config.runners.fewest):
+            self._add()
+        if self.config.runners.elastic:
+            self._growing = self._begin(self._grow())
+        await self._over.wait()
+        if self._error is not None:
+            raise self._error
 
-    async def _place(self, index: int) -> None:
-        loop = asyncio.get_running_loop()
+    def _begin(self, work: Coroutine[Any, Any, None]) -> asyncio.Task[None]:
+        task = asyncio.ensure_future(work)
+        self._tasks.add(task)
+        task.add_done_callback(self._ended)
+        return task
+
+    def _ended(self, task: asyncio.Task[None]) -> None:
+        self._tasks.discard(task)
+        if not task.cancelled() and (error := task.exception()) is not None:
+            self._error = self._error or error
+            self._over.set()
+
+    def _tell(self) -> None:
+        """Something of the pool's size has changed."""
+        self._news.set()
+        self._news = asyncio.Event()
+
+    async def _until(self, holds: Callable[[], bool]) -> None:
+        while not holds():
+            await self._news.wait()
+
+    # Growing and shrinking -------------------------------------------------------------------------
+
+    async def _grow(self) -> None:
+        """Add places while rollouts wait and nobody takes them."""
+        runners = self.config.runners
+        while True:
+            await self._until(lambda: self._staying < runners.most and not self._starting)
+            if self._refused:
+                self._refused = False
+                await asyncio.sleep(REST)
+            waiting = await self.store.wait_for_queue(standing=GROW_AFTER, timeout=HEAR)
+            wanted = math.ceil(waiting / runners.concurrency)
+            for _ in range(min(wanted, runners.most - self._staying)):
+                self._add()
+
+    def _add(self) -> None:
+        self._staying += 1
+        self._begin(self._place(self._named(self._num_made)))
+        self._num_made += 1
+        self._tell()
+
+    async def _shrink(self, worker_id: str, handle: ActorHandle) -> None:
+        """Ask this runner to leave once it has long been idle, should the pool be larger than it must."""
+        runners = self.config.runners
+        while True:
+            await self._until(lambda: self._staying > runners.fewest)
+            try:
+                await handle.idle.remote(runners.idle_seconds)
+                if self._staying > runners.fewest:
+                    self._give_up(worker_id)
+                    await handle.drain.remote()
+                    return
+            except ray.exceptions.RayActorError:
+                return  # its place hears of it, too
+
+    def _give_up(self, worker_id: str) -> None:
+        """This place ends with its runner."""
+        self._leaving.add(worker_id)
+        self._staying -= 1
+        self._tell()
+
+    # Places -----------------------------------------------------------------------------------------
+
+    def _named(self, index: int) -> str:
+        """Unique over the cluster and over restarts; the index is for people."""
+        worker_id = f"runner-{index}-{new_id('w')[2:]}"
+        self._starting.add(worker_id)
+        return worker_id
+
+    async def _place(self, worker_id: str) -> None:
+        """The lives of the runners of one place."""
+        index = int(worker_id.split("-")[1])
         quick_deaths = 0
         while not self._stopping:
-            # Unique over the cluster and over restarts; the index is for people.
-            worker_id = f"runner-{index}-{new_id('w')[2:]}"
-            handle = self._create(worker_id)
-            self._handles[worker_id] = handle
-            self._empty.clear()
-            started = loop.time()
             try:
-                await (
-                    handle.run.remote()
-                )  # ends when the runner is stopped; Ray raises when it dies
-                # What the store leased to it while it was leaving.
-                await self.store.worker_lost(worker_id, "its runner was stopped")
-                return
-            except ray.exceptions.RayActorError as error:
-                if self._stopping:
-                    return
-                quick_deaths = quick_deaths + 1 if loop.time() - started < QUICK else 0
-                await self._bury(worker_id, error)
+                quick_deaths = await self._live(worker_id, quick_deaths)
+            except NotStarted as error:
+                if self._staying <= self.config.runners.fewest:
+                    raise
+                self._refused = True
+                self._give_up(worker_id)
+                self.remark(f"{error}; the run goes on without it")
             finally:
                 self._handles.pop(worker_id, None)
-                if not self._handles:
-                    self._empty.set()
+                self._starting.discard(worker_id)
+                self._tell()
+            if worker_id in self._leaving:
+                self._leaving.discard(worker_id)
+                return
+            worker_id = self._named(index)
+
+    async def _live(self, worker_id: str, quick_deaths: int) -> int:
+        """One runner's life. How many that died quickly there have been in a row with this one; RunError where they are too many."""
+        loop = asyncio.get_running_loop()
+        handle = self._handles[worker_id] = self._create(worker_id)
+        began: float | None = None
+        shrinking: asyncio.Task[None] | None = None
+        try:
+            await started(handle, worker_id, self.config.runners, self.remark)
+            began = loop.time()
+            self._starting.discard(worker_id)
+            self._tell()
+            if self.config.runners.elastic:
+                shrinking = self._begin(self._shrink(worker_id, handle))
+            await handle.run.remote()  # ends when the runner leaves; Ray raises when it dies
+            # What the store leased to it while it was leaving.
+            await self.store.worker_lost(worker_id, "its runner was stopped")
+        except ray.exceptions.RayActorError as error:
+            if self._stopping:
+                return 0
+            quick = began is None or loop.time() - began < QUICK
+            quick_deaths = quick_deaths + 1 if quick else 0
+            await self._bury(worker_id, whole(error) if began is None else first_line(error))
             if quick_deaths >= FAST_DEATHS:
                 raise RunError(
-                    f"runner place {index}: {FAST_DEATHS} runners in a row died within {QUICK:g} s of their start; "
-                    "see the newest worker log in the Ray session folder for the reason"
-                )
+                    f"runner pool: {FAST_DEATHS} runners of one place in a row died within {QUICK:g} s of their start, "
+                    f"the last of them ({worker_id}) of this: {whole(error)}"
+                ) from error
+        except NotStarted:
+            ray.kill(handle)  # it would take a place that is free too late
+            raise
+        finally:
+            if shrinking is not None:
+                shrinking.cancel()
+        return quick_deaths
 
-    async def _bury(self, worker_id: str, error: Exception) -> None:
-        lost = await self.store.worker_lost(worker_id, f"its process died: {_first_line(error)}")
+    async def _bury(self, worker_id: str, why: str) -> None:
+        lost = await self.store.worker_lost(worker_id, f"its process died: {why}")
+        after = "it was leaving" if worker_id in self._leaving else "a new runner starts"
         self.notice(
-            f"{worker_id} died; {len(lost)} attempts ended as lost and were queued again; a new runner starts"
+            f"{worker_id} died; {len(lost)} attempts ended as lost and were queued again; {after}. {why}"
         )
 
     def _create(self, worker_id: str) -> ActorHandle:
         runners = self.config.runners
-        options = runner_options(worker_id, runners.num_cpus) | {"namespace": self.namespace}
+        options = runner_options(worker_id, runners) | {"namespace": self.namespace}
         return (  # type: ignore[no-any-return]
             ray.remote(Runner)
             .options(**options)
@@ -120,25 +255,31 @@ class RunnerPool:
             )
         )
 
+    # The end ----------------------------------------------------------------------------------------
+
     async def stop(self) -> None:
         """Ask every runner to leave; kill those that have not after STOP seconds, and the judges then."""
-        await self._stop_runners()
+        self._stopping = True
+        if self._growing is not None:
+            self._growing.cancel()
+        for worker_id, handle in self._handles.items():
+            if worker_id in self._starting:
+                ray.kill(handle)
+            else:
+                handle.stop.remote()
+        await self._all_gone()
+        for handle in self._handles.values():
+            ray.kill(handle)
+        await self._all_gone()
         if self._judges is not None:
             self._judges.stop()
+        self._over.set()
 
-    async def _stop_runners(self) -> None:
-        self._stopping = True
-        handles = dict(self._handles)
-        for handle in handles.values():
-            handle.stop.remote()
-        if not handles:
-            return
-        try:
-            await wait(self._empty.wait(), on=f"runners {sorted(handles)} to leave", seconds=STOP)
-        except TimeoutError:
-            for handle in list(self._handles.values()):
-                ray.kill(handle)
-
-
-def _first_line(error: BaseException) -> str:
-    return (str(error).strip() or type(error).__name__).splitlines()[0]
+    async def _all_gone(self) -> None:
+        """Until every place has ended, at most STOP seconds."""
+        if self._tasks:
+            await wait(
+                asyncio.wait(self._tasks, timeout=STOP),
+                on=f"runners {sorted(self._handles)} to leave",
+                seconds=STOP + 1,
+            )

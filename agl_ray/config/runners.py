@@ -5,16 +5,30 @@ Called by `agl_ray.config.models`. Test alone: tests/unit/test_config_load.py.
 
 from __future__ import annotations
 
-from typing import Annotated, Literal
+from typing import Annotated, Any, Literal, Self
 
-from pydantic import Field
+from pydantic import Field, model_validator
 
-from agl_ray.config.section import Positive, PositiveFloat, Section
+from agl_ray.config.section import NonNegative, Positive, PositiveFloat, Section
+
+_OF_RAY = (
+    "CPU",
+    "GPU",
+    "memory",
+    "object_store_memory",
+)  # resources that have options of their own
 
 
 class RunnersConfig(Section):
     num_runners: Positive = 1
     """Runner actors in the pool, spread over the nodes."""
+    min_runners: NonNegative | None = None
+    """With `max_runners`, instead of `num_runners`: the pool grows while rollouts wait in the store's queue, and shrinks again. This many
+    runners are always there; 0: none while there is no work."""
+    max_runners: Positive | None = None
+    """Most runners of a pool that grows."""
+    idle_seconds: PositiveFloat = 60.0
+    """A runner above `min_runners` that has run nothing for so long leaves; what it takes up at that moment it finishes first."""
     concurrency: Positive = 64
     """Rollouts that one runner works on at once."""
     isolation: Literal["inline", "thread", "process"] = "inline"
@@ -26,3 +40,77 @@ class RunnersConfig(Section):
     """A runner that Ray cannot see to be dead but that renews no lease for this long loses its attempts (`lost`)."""
     num_cpus: Annotated[float, Field(ge=0)] = 0.1
     """CPUs that Ray reserves for one runner."""
+    resources: dict[str, PositiveFloat] = {}
+    """Custom Ray resources that one runner needs (`{sandbox: 1}`); it is placed on a node that has them free."""
+    runtime_env: dict[str, Any] = {}
+    """Ray's runtime environment of every runner, as Ray knows it: `pip`, `uv`, `conda`, `working_dir`, `py_modules`, `env_vars`, `image_uri`, ... .
+    `working_dir` and `py_modules` as URIs of archives (`https://.../agent.zip`, `s3://...`): folders Ray takes of a whole job only."""
+    start_seconds: PositiveFloat = 300.0
+    """Deadline for a runner to be placed, its environment made and its agent imported. The run ends where none of `min_runners` (or
+    `num_runners`) may wait longer; a runner above them is given up and asked for again later."""
+
+    @property
+    def elastic(self) -> bool:
+        return self.max_runners is not None
+
+    @property
+    def fewest(self) -> int:
+        """Runners that are there at any time."""
+        return self.num_runners if self.min_runners is None else self.min_runners
+
+    @property
+    def most(self) -> int:
+        return self.num_runners if self.max_runners is None else self.max_runners
+
+    @model_validator(mode="after")
+    def _consistent(self) -> Self:
+        if (self.min_runners is None) != (self.max_runners is None):
+            raise ValueError(
+                "runners: give min_runners and max_runners together, or num_runners alone"
+            )
+        if self.min_runners is not None and self.max_runners is not None:
+            if self.num_runners != 1:
+                raise ValueError(
+                    f"runners.num_runners ({self.num_runners}) is the size of a pool that does not grow; leave it out beside min_runners and max_runners"
+                )
+            if self.min_runners > self.max_runners:
+                raise ValueError(
+                    f"runners.min_runners ({self.min_runners}) is larger than runners.max_runners ({self.max_runners})"
+                )
+        elif self.idle_seconds != 60.0:
+            raise ValueError("runners.idle_seconds acts together with runners.max_runners only")
+        for name in self.resources:
+            if name in _OF_RAY:
+                raise ValueError(
+                    f"runners.resources: {name} is not a custom resource; expected names that the cluster's nodes were started with"
+                    + (", and runners.num_cpus for CPUs" if name == "CPU" else "")
+                )
+        if self.runtime_env:
+            _check_runtime_env(self.runtime_env)
+        return self
+
+
+def _check_runtime_env(given: dict[str, Any]) -> None:
+    """ValueError, with Ray's words, for what Ray would refuse later."""
+    from ray.runtime_env import RuntimeEnv
+
+    known = {
+        name.removeprefix("_") for name in RuntimeEnv.known_fields - RuntimeEnv.extensions_fields
+    }
+    unknown = sorted(set(given) - RuntimeEnv.known_fields - known)
+    if unknown:
+        raise ValueError(
+            f"runners.runtime_env: expected keys that Ray knows ({', '.join(sorted(known))}), got {unknown[0]!r}"
+        )
+    for name in ("working_dir", "py_modules"):
+        value = given.get(name) or []
+        for one in [value] if isinstance(value, str) else value:
+            if "://" not in str(one):
+                raise ValueError(
+                    f"runners.runtime_env: {name}: expected the URI of an archive (https://.../agent.zip, s3://..., gs://...), got {one!r}: Ray takes "
+                    "folders of a whole job only (agl-ray submit, ray job submit --working-dir)"
+                )
+    try:
+        RuntimeEnv(**given)
+    except (TypeError, ValueError) as error:
+        raise ValueError(f"runners.runtime_env: {error}") from error

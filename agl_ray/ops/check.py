@@ -165,7 +165,7 @@ def memory(needed: float, available: float | None) -> Finding:
     words = f"{available:.1f} GiB available, a run needs about {needed:.1f} GiB"
     if available >= needed:
         return Finding("memory", "ok", words)
-    mend = "end other programs, or make engine.replicas, learner.world_size, runners.num_runners smaller"
+    mend = "end other programs, or make engine.replicas, learner.world_size, runners.num_runners (max_runners) smaller"
     return Finding("memory", "problem", words, mend)
 
 

@@ -23,7 +23,7 @@ def needed_gib(config: RunConfig | None) -> float:
     if config is not None:
         frozen = sum(role.replicas for role in config.roles.values() if role.kind == "frozen")
         replicas, ranks = config.engine.replicas + frozen, config.learner.world_size
-        runners, cache = config.runners.num_runners, config.engine.kv_cache_gib
+        runners, cache = config.runners.most, config.engine.kv_cache_gib
         objects = config.cluster.object_store_mib / 1024
     engines = replicas * (ENGINE_GIB + cache)
     return RAY_GIB + engines + ranks * LEARNER_GIB + runners * RUNNER_GIB + OTHERS_GIB + objects

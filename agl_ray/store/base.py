@@ -27,7 +27,7 @@ from agl_ray.store.machine import Machine
 from agl_ray.store.residents import Key
 from agl_ray.store.rows import record_of, row_of
 from agl_ray.store.state import Change
-from agl_ray.store.waiting import FinalWaiters, QueueWaiters, SpanWaiters
+from agl_ray.store.waiting import Backlog, FinalWaiters, QueueWaiters, SpanWaiters
 from agl_ray.types import AglError, ResourcesUpdate, StoreError, Worker
 
 log = logging.getLogger("agl_ray.store")
@@ -74,6 +74,7 @@ class CoreBase:
         self._cache = PayloadCache(int(cache_mib * 2**20))
         self._span_seconds = span_seconds
         self._takers, self._finals, self._ends = QueueWaiters(), FinalWaiters(), SpanWaiters()
+        self._backlog = Backlog()
         self._late = asyncio.Lock()
         self.failure: StoreError | None = None
         self._clock: asyncio.Task[None] | None = None
@@ -131,6 +132,7 @@ class CoreBase:
             None if latest is None else record_of(latest, ResourcesUpdate),
             self.now(),
         )
+        self._backlog.note(len(self.machine.state.queue))
 
     async def close(self) -> None:
         """Flush, end the clock, close the journal. Later calls fail."""
@@ -227,6 +229,7 @@ class CoreBase:
                 if status.final:
                     self._finals.final(row.key)
         self._takers.wake(waiting)
+        self._backlog.note(len(self.machine.state.queue))
 
     def _check(self) -> None:
         if self.failure is not None:
@@ -240,7 +243,7 @@ class CoreBase:
         """The end of this core: whoever waits is told, and everybody after."""
         if self.failure is None:
             self.failure = error
-            for waiters in (self._takers, self._finals, self._ends, self._events):
+            for waiters in (self._takers, self._finals, self._ends, self._events, self._backlog):
                 waiters.fail(error)
 
     async def _watch_clock(self) -> None:

@@ -182,6 +182,19 @@ class LightningStore(SpanCalls):
             if enough or (give_up is not None and left <= SLICE_SECONDS):
                 return final
 
+    async def wait_for_queue(self, *, standing: float, timeout: float) -> int:
+        """How many rollouts wait in the queue, as soon as it has not been empty for `standing` seconds, counted from this call: the
+        takers are too few. 0 where that was not so within `timeout` seconds."""
+        give_up = time.monotonic() + timeout
+        while True:
+            left = max(0.0, give_up - time.monotonic())
+            slice_seconds = min(left, SLICE_SECONDS + standing)
+            waiting: int = await self._call(
+                "wait_for_queue", standing, slice_seconds, blocking=slice_seconds
+            )
+            if waiting or left <= slice_seconds:
+                return waiting
+
     async def update_rollout(
         self,
         rollout_id: str,

@@ -27,7 +27,15 @@ COMMAND_BYTES = 1024  # what a command without payload counts for
 
 ALONE = frozenset(
     (
-        *("close", "ping", "statistics", "forget", "wait_for_rollouts", "read_events"),
+        *(
+            "close",
+            "ping",
+            "statistics",
+            "forget",
+            "wait_for_rollouts",
+            "wait_for_queue",
+            "read_events",
+        ),
         *("read_spans", "find_rollouts", "find_attempts", "find_resources"),
     )
 )

@@ -140,6 +140,11 @@ class Reads(CoreBase):
         await self._committed(None)
         return await self._journal.keys("state", prefix)
 
+    async def wait_for_queue(self, standing: float, wait_seconds: float) -> int:
+        """How many rollouts wait, once some have for `standing` seconds without a break; 0 after `wait_seconds`."""
+        self._check()
+        return await self._backlog.wait(standing, wait_seconds)
+
     async def ping(self) -> float:
         """Seconds that this store has been up."""
         self._check()

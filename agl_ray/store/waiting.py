@@ -1,7 +1,7 @@
 """Who waits for what inside the store: conditions that wake exactly those whose wait is over.
 
 What it is: `QueueWaiters` (takers of an empty queue, first come first served), `FinalWaiters` (callers of `wait_for_rollouts`),
-`SpanWaiters` (ends that wait for their last spans). All on one event loop; nothing polls.
+`SpanWaiters` (ends that wait for their last spans), `Backlog` (who gives the queue more takers). All on one event loop; nothing polls.
 Who calls it: `agl_ray.store.core`. Test alone: tests/unit/test_store_waiting.py.
 """
 
@@ -9,7 +9,7 @@ from __future__ import annotations
 
 import asyncio
 from collections import OrderedDict
-from collections.abc import Iterable
+from collections.abc import Callable, Iterable
 
 from agl_ray.store.state import AttemptKey
 
@@ -131,3 +131,50 @@ class SpanWaiters:
             self._of_attempt[key].remove(waiter)
             if not self._of_attempt[key]:
                 del self._of_attempt[key]
+
+
+class Backlog:
+    """Rollouts that wait although there are takers, or for want of them: told to whoever can send more takers."""
+
+    def __init__(self) -> None:
+        self._waiting = 0
+        self._changed: set[asyncio.Future[None]] = set()
+
+    def note(self, waiting: int) -> None:
+        """So many rollouts are in the queue now."""
+        emptied_or_filled = (waiting > 0) != (self._waiting > 0)
+        self._waiting = waiting
+        if emptied_or_filled:
+            self._each(lambda one: one.set_result(None))
+
+    def fail(self, error: Exception) -> None:
+        self._each(lambda one: one.set_exception(error))
+
+    def _each(self, settle: Callable[[asyncio.Future[None]], None]) -> None:
+        for one in self._changed:
+            if not one.done():
+                settle(one)
+
+    async def wait(self, standing: float, seconds: float) -> int:
+        """How many wait, once the queue has not been empty for `standing` seconds from now on; 0 where it always was within `seconds`."""
+        loop = asyncio.get_running_loop()
+        give_up = loop.time() + seconds
+        since = loop.time() if self._waiting else None
+        while True:
+            until = give_up if since is None else since + standing
+            if loop.time() >= min(until, give_up):
+                return self._waiting if since is not None and until <= give_up else 0
+            if await self._change(min(until, give_up) - loop.time()):
+                since = loop.time() if self._waiting else None
+
+    async def _change(self, seconds: float) -> bool:
+        """Whether the queue was emptied or filled within `seconds`."""
+        changed: asyncio.Future[None] = asyncio.get_running_loop().create_future()
+        self._changed.add(changed)
+        try:
+            await asyncio.wait([changed], timeout=seconds)
+            if changed.done():
+                changed.result()
+            return changed.done()
+        finally:
+            self._changed.discard(changed)

@@ -6,7 +6,9 @@ import asyncio
 
 import pytest
 
-from agl_ray.store.waiting import FinalWaiters, QueueWaiters, SpanWaiters
+from agl_ray.store import LightningStore
+from agl_ray.store.core import StoreCore
+from agl_ray.store.waiting import Backlog, FinalWaiters, QueueWaiters, SpanWaiters
 
 
 async def started(*tasks: asyncio.Task) -> None:
@@ -98,5 +100,47 @@ def test_span_waiters() -> None:
         waiters.arrived(("r", "a"), 1)
         await task
         assert waiters._of_attempt == {}
+
+    asyncio.run(main())
+
+
+def test_a_backlog_is_told_once_it_has_stood_without_a_break() -> None:
+    async def main() -> None:
+        backlog = Backlog()
+        assert await backlog.wait(0.0, 0.01) == 0
+        backlog.note(3)
+        assert await backlog.wait(0.02, 60) == 3
+        broken = asyncio.create_task(backlog.wait(0.1, 0.15))
+        await asyncio.sleep(0.05)
+        backlog.note(0)
+        backlog.note(2)
+        assert await broken == 0  # it stood from the break on for less
+        late = asyncio.create_task(backlog.wait(0.01, 60))
+        backlog.note(0)
+        await started(late)
+        backlog.note(7)
+        assert await late == 7
+        failing = asyncio.create_task(backlog.wait(60, 60))
+        await started(failing)
+        backlog.fail(ValueError("closed"))
+        with pytest.raises(ValueError, match="closed"):
+            await failing
+
+    asyncio.run(main())
+
+
+def test_whoever_sends_runners_hears_of_a_queue_that_stands() -> None:
+    async def main() -> None:
+        core = await StoreCore.open("memory://")
+        store = LightningStore.local(core)
+        assert await store.wait_for_queue(standing=0.0, timeout=0.01) == 0
+        hearing = asyncio.create_task(store.wait_for_queue(standing=0.02, timeout=30))
+        await started(hearing)
+        for _ in range(2):
+            await store.enqueue_rollout({})
+        assert await hearing == 2
+        await store.dequeue_many_rollouts(limit=2)
+        assert await store.wait_for_queue(standing=0.01, timeout=0.05) == 0
+        await core.close()
 
     asyncio.run(main())

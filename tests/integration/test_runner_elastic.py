@@ -1,0 +1,171 @@
+"""Runner pools that grow and shrink, and what is said of runners that cannot start; a runner that leaves finishes what it has."""
+
+from __future__ import annotations
+
+import asyncio
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+from actors import runner as runner_module
+from actors.runner import Runner
+from actors.runner_pool import RunnerPool
+from actors.store import create_store
+from agl_ray.config import RunConfig
+from agl_ray.config.tracing import TracingConfig
+from agl_ray.store import LightningStore
+from agl_ray.store.core import StoreCore
+from agl_ray.types import EndReason, RunError, new_id
+
+AGENTS = Path(__file__).parent / "agents_for_tests.py"
+
+
+def test_a_runner_that_leaves_finishes_what_it_has(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(runner_module, "LEASE_POLL", 0.2)
+
+    async def main() -> None:
+        core = await StoreCore.open("memory://")
+        store = LightningStore.local(core)
+        runner = Runner(
+            "runner",
+            store,
+            f"{AGENTS}:slow_echo",
+            base=str(AGENTS.parent),
+            concurrency=2,
+            timeout_seconds=20,
+            lease_seconds=10,
+            tracing=TracingConfig(),
+            otlp=False,
+        )
+        await store.add_resources({})
+        first = await store.enqueue_rollout({"reward": 1.0, "seconds": 0.6})
+        running = asyncio.create_task(runner.run())
+        await asyncio.wait_for(runner._working.wait(), 10)
+        idle = asyncio.create_task(runner.idle(0.1))
+        await runner.drain()
+        await asyncio.sleep(0.3)  # the lease that was on its way comes back empty
+        second = await store.enqueue_rollout({"reward": 1.0})
+        assert not idle.done()
+        assert await asyncio.wait_for(running, 10) == 1
+        await asyncio.wait_for(idle, 10)
+        attempts = await store.get_attempts([first.rollout_id, second.rollout_id])
+        assert [one.end_reason for one in attempts] == [EndReason.OK]  # none of the second
+        await core.close()
+
+    asyncio.run(main())
+
+
+def config(**runners: Any) -> RunConfig:
+    return RunConfig.model_validate(
+        {
+            "model": {"path": "unused"},
+            "data": {"train": "unused", "val": "unused"},
+            "runners": {"concurrency": 2, "lease_seconds": 10, **runners},
+        }
+    )
+
+
+@pytest.fixture
+def store(ray_cluster: None, tmp_path: Path) -> Iterator[LightningStore]:
+    import ray
+
+    namespace = new_id("test")
+    store = create_store("store", namespace, f"sqlite:///{tmp_path / 'store.db'}")
+    yield store
+    ray.kill(ray.get_actor("store", namespace=namespace), no_restart=True)
+
+
+def pool_of(settings: RunConfig, store: LightningStore, said: list[str]) -> RunnerPool:
+    return RunnerPool(
+        settings,
+        store,
+        f"{AGENTS}:slow_echo",
+        base=str(AGENTS.parent),
+        namespace=new_id("pool"),
+        notice=said.append,
+        remark=said.append,
+    )
+
+
+@pytest.mark.slow
+def test_a_pool_grows_while_work_waits_and_shrinks_without_it(store: LightningStore) -> None:
+    async def main() -> None:
+        said: list[str] = []
+        pool = pool_of(config(min_runners=0, max_runners=3, idle_seconds=0.5), store, said)
+        supervision = asyncio.ensure_future(pool.supervise())
+        await store.add_resources({})
+        try:
+            rollouts = [
+                (await store.enqueue_rollout({"reward": 1.0, "seconds": 0.5})).rollout_id
+                for _ in range(12)  # more than three runners take at once
+            ]
+            await asyncio.wait_for(pool._until(lambda: pool.num_runners > 0), 60)
+            assert pool.num_runners == 3
+            done = await store.wait_for_rollouts(rollout_ids=rollouts, timeout=60)
+            assert len(done) == 12
+            await asyncio.wait_for(pool._until(lambda: pool.num_runners == 0), 60)
+        finally:
+            await pool.stop()
+            await supervision
+        assert said == []
+        statistics = await store.statistics()
+        assert statistics["attempts_by_reason"]["ok"] == 12
+        assert statistics["attempts"] == 12  # none was cut and tried again
+
+    asyncio.run(main())
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize(
+    ("runners", "texts"),
+    [
+        (
+            {"resources": {"sandbox": 1.0}, "start_seconds": 1.0},
+            ("0.1 CPU, 1 sandbox; no node of the cluster has that, together they have 4 CPU",),
+        ),
+        (
+            {"runtime_env": {"working_dir": "https://127.0.0.1:9/agent.zip"}},
+            # The last of Ray's many lines, too.
+            ("runners.runtime_env", "Max retries exceeded", "Connection refused"),
+        ),
+    ],
+)
+def test_a_pool_that_cannot_start_says_why(
+    store: LightningStore, runners: dict[str, Any], texts: tuple[str, ...]
+) -> None:
+    async def main() -> None:
+        pool = pool_of(config(**runners), store, [])
+        with pytest.raises(RunError) as found:
+            await asyncio.wait_for(pool.supervise(), 60)
+        await pool.stop()
+        for text in ("runner pool", *texts):
+            assert text in str(found.value)
+
+    asyncio.run(main())
+
+
+@pytest.mark.slow
+def test_a_larger_pool_that_finds_no_place_goes_on_without(store: LightningStore) -> None:
+    async def main() -> None:
+        said: list[str] = []
+        settings = config(
+            min_runners=1, max_runners=2, num_cpus=3.0, start_seconds=4.0, concurrency=1
+        )
+        pool = pool_of(settings, store, said)
+        supervision = asyncio.ensure_future(pool.supervise())
+        await store.add_resources({})
+        try:
+            for _ in range(8):
+                await store.enqueue_rollout({"reward": 1.0, "seconds": 1.0})
+            await asyncio.wait_for(pool._until(lambda: pool.num_runners == 2), 60)
+            await asyncio.wait_for(pool._until(lambda: pool.num_runners == 1), 60)
+        finally:
+            await pool.stop()
+            await supervision
+        assert len(said) == 1
+        assert "free in the cluster" in said[0]
+        assert said[0].endswith("the run goes on without it")
+
+    asyncio.run(main())

@@ -1,0 +1,61 @@
+"""The section `runners`: pools of a fixed size or between two, and what Ray is to give each runner."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import pytest
+from pydantic import ValidationError
+
+from actors.runner import runner_options
+from agl_ray.config.runners import RunnersConfig
+
+
+def test_a_pool_is_fixed_unless_it_is_given_room() -> None:
+    fixed, elastic = RunnersConfig(num_runners=3), RunnersConfig(min_runners=0, max_runners=4)
+    assert (fixed.elastic, fixed.fewest, fixed.most) == (False, 3, 3)
+    assert (elastic.elastic, elastic.fewest, elastic.most) == (True, 0, 4)
+    again = RunnersConfig.model_validate(elastic.model_dump(mode="json"))
+    assert again == elastic
+
+
+@pytest.mark.parametrize(
+    ("given", "text"),
+    [
+        ({"min_runners": 1}, "give min_runners and max_runners together"),
+        ({"min_runners": 3, "max_runners": 2}, "(3) is larger than runners.max_runners (2)"),
+        ({"num_runners": 2, "min_runners": 1, "max_runners": 2}, "leave it out"),
+        ({"idle_seconds": 5.0}, "acts together with runners.max_runners only"),
+        ({"resources": {"CPU": 2.0}}, "runners.num_cpus for CPUs"),
+        ({"resources": {"GPU": 1.0}}, "GPU is not a custom resource"),
+        ({"runtime_env": {"pipp": ["x"]}}, "got 'pipp'"),
+        ({"runtime_env": {"env_vars": {"A": 1}}}, "must be of type Dict[str, str]"),
+        # The whole of what Ray says, to its last line.
+        ({"runtime_env": {"pip": ["x"], "uv": ["y"]}}, "create-env-file-manually"),
+        ({"runtime_env": {"working_dir": "."}}, "expected the URI of an archive"),
+        ({"runtime_env": {"py_modules": ["./mine"]}}, "got './mine'"),
+        ({"runtime_env": {"image_uri": "a/b", "pip": ["x"]}}, "image_uri"),
+    ],
+)
+def test_what_cannot_be_is_refused_with_its_key(given: dict[str, Any], text: str) -> None:
+    with pytest.raises(ValidationError) as found:
+        RunnersConfig.model_validate(given)
+    (error,) = found.value.errors()
+    assert error["msg"].startswith("Value error, runners")
+    assert text in error["msg"]
+
+
+def test_a_runner_gets_what_was_asked_for() -> None:
+    runners = RunnersConfig(
+        num_cpus=0.5,
+        resources={"sandbox": 1.0},
+        runtime_env={"pip": ["six"], "env_vars": {"A": "1", "OMP_NUM_THREADS": "2"}},
+    )
+    options = runner_options("w", runners)
+    assert (options["num_cpus"], options["resources"]) == (0.5, {"sandbox": 1.0})
+    assert options["runtime_env"] == {
+        "pip": ["six"],
+        "env_vars": {"A": "1", "OMP_NUM_THREADS": "2"},
+    }
+    bare = runner_options("w", RunnersConfig())
+    assert bare["runtime_env"] == {"env_vars": {"OMP_NUM_THREADS": "1"}}
