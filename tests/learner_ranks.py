@@ -179,11 +179,31 @@ def job_die_in_save(rank: int, world_size: int, folder: Path, path: Path) -> Non
     learner.save(path)
 
 
-def job_export(rank: int, world_size: int, folder: Path, path: Path) -> dict[str, Any]:
-    learner = make(rank, world_size, folder)
+def job_export(
+    rank: int, world_size: int, folder: Path, path: Path, settings: dict[str, Any] | None = None
+) -> dict[str, Any]:
+    learner = make(rank, world_size, folder, **(settings or {}))
     train(learner, range(1, 2))
     learner.export(path)
     return {"state": learner.full_state()}
+
+
+def job_gradient(
+    rank: int, world_size: int, folder: Path, settings: dict[str, Any]
+) -> dict[str, torch.Tensor]:
+    """The gradient of the third step, before clipping, whole, by the parameter's name."""
+    learner = make(rank, world_size, folder, max_grad_norm=1e9, **settings)
+    train(learner, range(1, 3))
+    found: dict[str, torch.Tensor] = {}
+
+    def keep() -> None:
+        for name, parameter in learner.model.named_parameters():
+            if parameter.grad is not None:
+                found[name] = fsdp.whole(parameter.grad).clone()
+
+    learner.optimizer.step = keep  # type: ignore[method-assign]
+    train(learner, range(3, 4))
+    return found
 
 
 JOBS: dict[str, Callable[..., Any]] = {
@@ -193,4 +213,5 @@ JOBS: dict[str, Callable[..., Any]] = {
     "die": job_die,
     "die_in_save": job_die_in_save,
     "export": job_export,
+    "gradient": job_gradient,
 }

@@ -16,6 +16,7 @@ from agl_ray.config.algorithm import AlgorithmConfig
 from agl_ray.config.credit import CreditConfig
 from agl_ray.config.critic import GROUP_BASELINES, CriticConfig, check_critic
 from agl_ray.config.judge import JudgeConfig
+from agl_ray.config.lora import LoraConfig
 from agl_ray.config.roles import RoleConfig, RoleName
 from agl_ray.config.runners import RunnersConfig
 from agl_ray.config.section import Fraction, NonNegative, Positive, PositiveFloat, Section
@@ -157,6 +158,9 @@ class LearnerConfig(Section):
     """Compute format of the forward pass (FSDP mixed precision); parameters stay float32."""
     gradient_checkpointing: bool = False
     """Keep only the inputs of the layers and compute the rest again in the backward pass: less memory per token, about a third more time."""
+    lora: LoraConfig | None = None
+    """Train low-rank adapters and leave the model's own weights as they are; `{}` turns it on. It wants about ten times the `lr`. The engines
+    and the export get the weights with the adapters merged in. A critic is trained whole. None = train all weights."""
     critic: CriticConfig = CriticConfig()
     """The critic of `algorithm.advantage: gae` (PPO): a second model of the policy's size in the same ranks."""
     num_cpus: Annotated[float, Field(ge=0)] = 0.5

@@ -1,7 +1,8 @@
 """Checkpoints of the learner: parameters, optimiser, those of the critic, random state, counters, by torch.distributed.checkpoint.
 
 Written by all ranks into a folder `.NAME.partial`, which is renamed to NAME when all are done: a killed save never looks
-complete. A checkpoint of any number of ranks is read by any other. Called by learner/step.py. Test it alone with
+complete. A checkpoint of any number of ranks is read by any other. With learner.lora it holds the adapters alone, and is refused where the
+base model or the adapters' shape is another. Called by learner/step.py. Test it alone with
 tests/integration/test_learner_ranks.py.
 """
 
@@ -19,17 +20,19 @@ import torch.distributed as dist
 import torch.distributed.checkpoint as dcp
 from torch.distributed.checkpoint.api import CheckpointException
 from torch.distributed.checkpoint.state_dict import (
+    StateDictOptions,
     get_model_state_dict,
     get_optimizer_state_dict,
     set_model_state_dict,
     set_optimizer_state_dict,
 )
 
-from agl_ray.learner import fsdp
+from agl_ray.learner import fsdp, lora
 from agl_ray.learner.export import new_partial, put_in_place
 from agl_ray.types.errors import InputError
 
 POSITION = "position.json"
+ADAPTERS = "adapters"  # key of the position: `lora.identity`, None where all weights are trained
 Part = tuple[Any, torch.optim.Optimizer]
 """A model and its optimiser."""
 
@@ -52,8 +55,9 @@ def save(
         state["critic"] = _state_of(*critic)
     with _alone_is_fine():
         dcp.save(state, storage_writer=dcp.FileSystemWriter(partial))
+    identity = lora.identity(model)
     if first:
-        (partial / POSITION).write_text(json.dumps(position))
+        (partial / POSITION).write_text(json.dumps({**position, ADAPTERS: identity}))
         put_in_place(partial, target)
     fsdp.barrier()
 
@@ -68,6 +72,8 @@ def load(
         raise InputError(
             f"checkpoint {folder}: expected a folder with {POSITION}, found none; it is not a checkpoint, or its saving was interrupted"
         )
+    position: dict[str, Any] = json.loads((folder / POSITION).read_text())
+    lora.check_same(folder, position.pop(ADAPTERS, None), lora.identity(model))
     reader = dcp.FileSystemReader(folder)
     stored = reader.read_metadata().state_dict_metadata.keys()
     state = _state_of(model, optimizer, _has(stored, "optimizer."))
@@ -86,12 +92,15 @@ def load(
         _put_back(*critic, state["critic"])
     if _rng_key() in state:
         torch.set_rng_state(state[_rng_key()])
-    position: dict[str, Any] = json.loads((folder / POSITION).read_text())
     return position
 
 
 def load_model_only(path: str | Path, model: Any) -> None:
     """Restore the model alone in place (all ranks call it), as a reference to compare with. InputError where the checkpoint is of another model."""
+    if json.loads((Path(path) / POSITION).read_text()).get(ADAPTERS) is not None:
+        raise InputError(
+            f"checkpoint {path}: expected one of all weights, it holds adapters only (learner.lora); give an export of that run"
+        )
     state = {"model": get_model_state_dict(model)}
     try:
         with _alone_is_fine():
@@ -108,7 +117,7 @@ def _state_of(
     model: Any, optimizer: torch.optim.Optimizer, stepped: bool | None = None
 ) -> dict[str, Any]:
     """stepped: whether the optimiser has a state; None where it is to be asked."""
-    state: dict[str, Any] = {"model": get_model_state_dict(model)}
+    state: dict[str, Any] = {"model": _trained_state(model)}
     # Asking a fresh optimiser for its state would make it take a step.
     if bool(optimizer.state) if stepped is None else stepped:
         state["optimizer"] = get_optimizer_state_dict(model, optimizer)
@@ -116,13 +125,22 @@ def _state_of(
 
 
 def _put_back(model: Any, optimizer: torch.optim.Optimizer, state: dict[str, Any]) -> None:
-    set_model_state_dict(model, state["model"])
+    whole = StateDictOptions(strict=not lora.has_adapters(model))
+    set_model_state_dict(model, state["model"], options=whole)
     if "optimizer" in state:
         set_optimizer_state_dict(model, optimizer, state["optimizer"])
 
 
 def _has(stored: Iterable[str], prefix: str) -> bool:
     return any(key.startswith(prefix) for key in stored)
+
+
+def _trained_state(model: Any) -> dict[str, Any]:
+    """The tensors that training changes. By name: torch's own choice by requires_grad would keep a frozen tied head."""
+    state: dict[str, Any] = get_model_state_dict(model)
+    if not lora.has_adapters(model):
+        return state
+    return {name: tensor for name, tensor in state.items() if lora.is_adapter(name)}
 
 
 @contextmanager

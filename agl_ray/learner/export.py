@@ -1,5 +1,7 @@
 """A trained model as a Hugging Face folder: safetensors, configuration, and the tokenizer it was trained with.
 
+With learner.lora the model is the merged one, and its folder `adapter` holds the adapters alone in peft's format.
+
 Called by learner/step.py. Test it alone with tests/unit/test_learner_export.py.
 """
 
@@ -9,8 +11,10 @@ import shutil
 from pathlib import Path
 from typing import Any
 
+from agl_ray.learner import lora
 from agl_ray.learner.weights import full_state
 
+ADAPTER_FOLDER = "adapter"
 TOKENIZER_PATTERNS = (
     "tokenizer*",
     "vocab*",
@@ -28,6 +32,7 @@ def export(model: Any, source: Path, path: str | Path, *, write: bool = True) ->
     A collective: all ranks call it, only the one with `write` writes. The folder appears whole or not at all; one that is there is replaced.
     """
     state = dict(full_state(model, keep=write))
+    adapters = lora.adapter_state(model, keep=write)
     if not write:
         return
     target = Path(path)
@@ -38,6 +43,8 @@ def export(model: Any, source: Path, path: str | Path, *, write: bool = True) ->
                 shutil.copyfile(file, partial / file.name)
     model.config.save_pretrained(partial)
     _save_tensors(state, partial)
+    if adapters:
+        lora.write_adapter(model, adapters, partial / ADAPTER_FOLDER)
     put_in_place(partial, target)
 
 

@@ -17,8 +17,10 @@ if TYPE_CHECKING:
 
 
 def make_optimizer(model: Any, config: LearnerConfig | CriticConfig) -> torch.optim.AdamW:
+    """Of the parameters that are trained: all, or the adapters alone (learner/lora.py)."""
+    trained = [parameter for parameter in model.parameters() if parameter.requires_grad]
     return torch.optim.AdamW(
-        model.parameters(), lr=config.lr, betas=config.betas, weight_decay=config.weight_decay
+        trained, lr=config.lr, betas=config.betas, weight_decay=config.weight_decay
     )
 
 

@@ -18,7 +18,7 @@ import torch
 from agl_ray.algorithms.algorithm import make_algorithm
 from agl_ray.algorithms.base import LossInputs
 from agl_ray.algorithms.kl import estimate
-from agl_ray.learner import checkpoint, fsdp, optim
+from agl_ray.learner import checkpoint, fsdp, lora, optim
 from agl_ray.learner.choice import choose
 from agl_ray.learner.critic import Critic
 from agl_ray.learner.export import export
@@ -89,6 +89,8 @@ class Learner:
         self.dtype = DTYPES[config.dtype]
         torch.manual_seed(seed + rank)
         self.model = load_model(model_path, device)
+        if config.lora is not None:
+            lora.add_adapters(self.model, config.lora, seed)
         if config.gradient_checkpointing:
             recompute_layers(self.model)
         if world_size > 1:

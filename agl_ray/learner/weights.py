@@ -9,24 +9,26 @@ from typing import Any
 
 import torch
 
-from agl_ray.learner import fsdp
+from agl_ray.learner import fsdp, lora
 
 
 def full_state(model: Any, *, keep: bool = True) -> list[tuple[str, torch.Tensor]]:
     """(name, CPU tensor) of every weight, the same order every time: what vLLM's `load_weights` takes.
 
     A collective: all ranks call it, those with `keep` False get []. Parameters are float32 copies. A tied tensor comes once, under the name of
-    the first module that holds it. One tensor is gathered at a time.
+    the first module that holds it. Adapters (learner.lora) come merged into the weights that they change, under the base model's names.
+    One tensor is gathered at a time.
     """
     state: dict[str, torch.Tensor] = {}
     seen: set[int] = set()
     for name, tensor in model.state_dict(keep_vars=True).items():
-        if id(tensor) in seen:
+        if id(tensor) in seen or lora.is_adapter(name):
             continue
         seen.add(id(tensor))
-        full = fsdp.whole(tensor.detach())
+        base_name, merged = lora.merged(model, name, tensor.detach())
+        full = fsdp.whole(merged)
         if keep:
-            state[name] = full.to("cpu", copy=True)
+            state[base_name] = full.to("cpu", copy=True)
     return list(_checkpoint_names(model, state).items()) if keep else []
 
 

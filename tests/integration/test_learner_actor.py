@@ -16,9 +16,11 @@ from learner_data import model_folder, random_batch
 
 from actors.learner import LearnerRank, PeerLost
 from actors.store import create_store
+from actors.weight_sync import create_weight_sync
 from agl_ray import waits
 from agl_ray.config.algorithm import AlgorithmConfig
 from agl_ray.config.kl import KLConfig
+from agl_ray.config.lora import LoraConfig
 from agl_ray.config.models import DataConfig, LearnerConfig, ModelConfig, RunConfig
 from agl_ray.config.trajectory import TrajectoryConfig
 from agl_ray.learner.step import Learner
@@ -26,6 +28,8 @@ from agl_ray.spans import span_batch
 from agl_ray.store import LightningStore
 from agl_ray.trajectory.batch import GroupPlan, Member, TrainBatch
 from agl_ray.types import EndReason, InputError, RunError
+from agl_ray.weights.sender import WeightSender
+from tests.integration.weight_peers import PlainEngine
 
 pytestmark = pytest.mark.slow
 
@@ -42,7 +46,9 @@ def folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 
 def config(
-    world_size: int, rows: Literal["merge-prefix", "per-call"] = "merge-prefix"
+    world_size: int,
+    rows: Literal["merge-prefix", "per-call"] = "merge-prefix",
+    lora: LoraConfig | None = None,
 ) -> RunConfig:
     return RunConfig(
         trajectory=TrajectoryConfig(rows=rows),
@@ -50,7 +56,7 @@ def config(
         data=DataConfig(train="unused", val="unused"),
         algorithm=AlgorithmConfig(kl=KLConfig(coefficient=0.1, where="reward")),
         learner=LearnerConfig(
-            world_size=world_size, tokens_per_microbatch=60, step_timeout_seconds=60
+            world_size=world_size, tokens_per_microbatch=60, step_timeout_seconds=60, lora=lora
         ),
     )
 
@@ -63,8 +69,9 @@ class Ranks:
         world_size: int,
         folder: Path,
         rows: Literal["merge-prefix", "per-call"] = "merge-prefix",
+        lora: LoraConfig | None = None,
     ) -> None:
-        settings = config(world_size, rows).model_dump(mode="json")
+        settings = config(world_size, rows, lora).model_dump(mode="json")
         actor = ray.remote(LearnerRank).options(num_cpus=0.5, max_concurrency=4, max_restarts=0)
         self.ranks = [
             actor.remote(rank, world_size, settings, str(folder), 0) for rank in range(world_size)
@@ -155,6 +162,30 @@ def test_two_ranks_train_from_the_store_and_stage_their_weights(
     exported = Learner(config(1).algorithm, config(1).learner, tmp_path / "export")
     for (_, left), (_, right) in zip(loaded.full_state(), exported.full_state(), strict=True):
         assert torch.equal(left, right)
+
+
+def test_adapters_reach_the_engines_merged(
+    store: LightningStore, folder: Path, tmp_path: Path
+) -> None:
+    namespace = "learner-actor-lora"
+    sync = create_weight_sync(config(2), namespace)
+    engine = PlainEngine.remote(namespace, "replica-0")
+    with Ranks(2, folder, lora=LoraConfig(rank=3)) as ranks:
+        base = ranks("stage_weights", 0)[0]
+        ranks.train(store, run(fill(store, 9, 1)))
+        manifest = ranks("stage_weights", 1)[0]
+        get(sync.set_learner.remote(ranks.ranks[0]))
+        started = engine.start.remote(60)
+        published = get(sync.publish.remote(manifest))
+        assert get(started) == [(1, manifest["checksum"])]
+        ranks("export", str(tmp_path / "export"))
+    for actor in (engine, sync):
+        ray.kill(actor)
+    assert published["checksum"] == manifest["checksum"] != base["checksum"]
+    plain = Learner(config(1).algorithm, config(1).learner, tmp_path / "export")
+    assert (
+        WeightSender(plain.full_state(), 1, 1 << 20).manifest()["checksum"] == manifest["checksum"]
+    )
 
 
 def test_a_failed_attempt_never_enters(store: LightningStore, folder: Path) -> None:

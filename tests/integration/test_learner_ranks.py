@@ -10,6 +10,7 @@ import learner_ranks
 import pytest
 import torch
 from learner_data import model_folder
+from safetensors.torch import load_file
 
 from agl_ray.config.models import LearnerConfig
 from agl_ray.learner.step import Learner
@@ -155,6 +156,37 @@ def test_bfloat16_ranks_stay_close_to_float32(folder: Path, world_size: int) -> 
     assert got["loss"] == pytest.approx(want["loss"], abs=0.05)
     assert got["grad_norm"] == pytest.approx(want["grad_norm"], rel=0.1)
     assert all(tensor.dtype == torch.float32 for _, tensor in coarse["state"])
+
+
+LORA = {"lora": {"rank": 3}, "lr": 5e-3}  # a rank that two ranks cannot halve
+
+
+def test_the_gradient_of_adapters_is_that_of_one_rank(folder: Path) -> None:
+    (one,) = learner_ranks.run(1, "gradient", folder, LORA)
+    settings = {**LORA, "gradient_checkpointing": True}
+    first, second = learner_ranks.run(2, "gradient", folder, settings)
+    assert len(one) == 28
+    assert all("lora_" in name for name in one)
+    assert max(float(gradient.abs().max()) for gradient in one.values()) > 1e-3
+    for name, gradient in one.items():
+        torch.testing.assert_close(first[name], gradient, atol=1e-5, rtol=0)
+        assert torch.equal(first[name], second[name])
+
+
+def test_adapters_over_two_ranks_go_on_over_one(tmp_path: Path) -> None:
+    tied = model_folder(tmp_path / "tied", tied=True)
+    path, target = tmp_path / "step-3", tmp_path / "export"
+    (whole,) = learner_ranks.run(1, "train", tied, (1, 6), LORA)
+    both, _ = learner_ranks.run(2, "train", tied, (1, 4), LORA, None, path)
+    (rest,) = learner_ranks.run(1, "train", tied, (4, 6), LORA, path)
+    assert_close({"state": [], "metrics": whole["metrics"][:3]}, {**both, "state": []})
+    assert_close({**whole, "metrics": whole["metrics"][3:]}, rest)
+    for (name, left), (_, right) in zip(both["state"], rest["loaded"], strict=True):
+        assert torch.equal(left, right), name
+    exported = learner_ranks.run(2, "export", tied, target, LORA)[0]["state"]
+    again = dict(Learner(learner_ranks.ALGORITHM, LearnerConfig(), target).full_state())
+    assert all(torch.equal(tensor, again[name]) for name, tensor in exported)
+    assert len(load_file(target / "adapter" / "adapter_model.safetensors")) == 28
 
 
 def test_a_rank_without_rows_keeps_step(folder: Path) -> None:

@@ -7,6 +7,7 @@ from pathlib import Path
 import pytest
 
 from agl_ray.config import RunConfig, load_config, resolved_json
+from agl_ray.config.lora import LoraConfig
 from agl_ray.config.schema import all_paths
 from agl_ray.types import InputError
 from agl_ray.types.errors import ConfigError
@@ -62,6 +63,13 @@ def test_an_override_sets_a_list_a_null_and_a_whole_section(config_file: Path) -
     assert (config.model.path, config.model.make, config.store.url) == ("models/tiny", None, None)
 
 
+def test_adapters_are_off_until_their_section_is_there(config_file: Path) -> None:
+    assert load_config(config_file).learner.lora is None
+    assert load_config(config_file, ["learner.lora={}"]).learner.lora == LoraConfig()
+    lora = load_config(config_file, ["learner.lora.rank=8", "learner.lora.alpha=16"]).learner.lora
+    assert lora == LoraConfig(rank=8, alpha=16.0)
+
+
 def test_resolved_json_keeps_nulls_and_reads_back_equal(config_file: Path, tmp_path: Path) -> None:
     config = load_config(config_file, ["train.steps=3"])
     text = resolved_json(config)
@@ -89,6 +97,11 @@ def test_resolved_json_keeps_nulls_and_reads_back_equal(config_file: Path, tmp_p
         ("rollout.timeout_seconds=null", ["rollout.timeout_seconds", "got null"]),
         ("name=a/b", ["name", "letters", "got 'a/b'"]),
         ("store.url=3", ["store.url", "a text or null", "got 3"]),
+        ("learner.lora.rang=4", ["unknown key learner.lora.rang", "'rank'"]),
+        ("learner.lora.dropout=0.1", ["unknown key learner.lora.dropout"]),
+        ("learner.lora.rank=0", ["learner.lora.rank", "more than 0"]),
+        ("learner.lora={target_modules: []}", ["learner.lora.target_modules", "at least 1 items"]),
+        ("learner.lora=true", ["learner.lora", "a section"]),
         ("train.steps", ["no override", "key=value"]),
         ("gateway.port=[1", ["not YAML"]),
     ],
