@@ -67,7 +67,7 @@ QUICK = [  # nothing has to be made first: random weights, and an agent whose re
 ]
 QUICK_TOKENS = 32  # an answer; the price of a call is the same for a short one, so short ones have a smaller share
 CALLS_ALONE = 64  # calls of the engine's measurement
-ROUNDS = 2  # of each measurement alone; the better one counts
+ROUNDS = 2  # of each measurement alone; the better one counts (--quick: one)
 
 
 def run_e2e(
@@ -85,7 +85,7 @@ def run_e2e(
         overrides = [
             f"runs_dir={runs}",
             f"train.steps={3 if quick else 10}",
-            f"validation.rows={8 if quick else 32}",
+            f"validation.rows={2 if quick else 32}",
             "validation.every=0",
             "name=bench",
         ]
@@ -95,10 +95,11 @@ def run_e2e(
         folder = make_run_folder(config)
         display = make_display()
         with display, RunSession(config, folder, display) as session:
-            return _measure(session, config, config_path.parent.resolve())
+            base = config_path.parent.resolve()
+            return _measure(session, config, base, 1 if quick else ROUNDS)
 
 
-def _measure(session: RunSession, config: RunConfig, base: Path) -> dict[str, Any]:
+def _measure(session: RunSession, config: RunConfig, base: Path, rounds: int) -> dict[str, Any]:
     trainer = Trainer(config, config_folder=base, display=session.display)
     rows = trainer.rows("data.train", config.data.train)
     held_out = trainer.rows("data.val", config.data.val)
@@ -108,18 +109,18 @@ def _measure(session: RunSession, config: RunConfig, base: Path) -> dict[str, An
     endpoint = session.start_serving(controller, model)
     facts = trainer.follow(session, controller, endpoint)
     ledger: Ledger = facts["ledger"]
-    learner = get(controller.measure_learner.remote(ROUNDS), on="the learner alone", seconds=300)
-    engine = _engine_alone(session, ledger)
+    learner = get(controller.measure_learner.remote(rounds), on="the learner alone", seconds=300)
+    engine = _engine_alone(session, ledger, rounds)
     return _result(read_metrics(session.folder)[1:], engine, float(learner))
 
 
-def _engine_alone(session: RunSession, ledger: Ledger) -> float:
-    """Response tokens per second of one engine, on prompts and lengths of the run's own calls; the best of ROUNDS."""
+def _engine_alone(session: RunSession, ledger: Ledger, rounds: int) -> float:
+    """Response tokens per second of one engine, on prompts and lengths of the run's own calls; the best of the rounds."""
     from agl_ray.bench.calls import recorded_calls
 
     requests = recorded_calls(session.store, ledger, CALLS_ALONE)
     rates = []
-    for _ in range(ROUNDS):
+    for _ in range(rounds):
         tokens, seconds = session.time_engine(requests)
         rates.append(tokens / seconds)
     return max(rates)
