@@ -16,6 +16,8 @@ TOKENIZER_FILES = ("tokenizer.json", "tokenizer.model", "vocab.json", "vocab.txt
 WEIGHT_PATTERNS = ("*.safetensors", "pytorch_model*.bin")
 # A model that changes its logits after the output head: the log-probabilities taken in the head would be wrong.
 LOGIT_CHANGES = {"final_logit_softcapping": None, "logit_scale": 1.0, "logits_scaling": 1.0}
+# Layers in which learner/attention.py says what a token sees. Others (recurrent ones, chunks) would mix the rows of a micro-batch, silently.
+LAYERS = {"full_attention", "sliding_attention"}
 
 
 def check_model_folder(path: str | Path) -> Path:
@@ -50,6 +52,12 @@ def _check_config(folder: Path) -> None:
                 f"model folder {folder}: config.json says {name} = {value}; models that change their logits after the "
                 "output head cannot be trained here"
             )
+    others = sorted(set(config.get("layer_types") or ()) - LAYERS)
+    if others:
+        raise InputError(
+            f"model folder {folder}: config.json says layer_types {', '.join(others)}; expected {' or '.join(sorted(LAYERS))}: in other layers "
+            "the rows of a micro-batch would see each other, so that this model cannot be trained here"
+        )
 
 
 def load_model(path: str | Path, device: str = "cpu") -> Any:

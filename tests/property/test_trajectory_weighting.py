@@ -102,7 +102,7 @@ def test_every_cut_gives_the_same_weights_by_token_and_by_rollout(
 ) -> None:
     assume(told_apart(seed))
     expected = by_hand(seed, aggregation)
-    for rows in ("merge-prefix", "per-call"):
+    for rows in ("merge-prefix", "per-call", "tree"):
         weights, _ = laid_out(seed, rows, {"aggregation": aggregation})
         close(weights, expected)
 

@@ -74,6 +74,16 @@ def test_weights_that_lack_a_tensor(folder: Path) -> None:
         load_model(folder)
 
 
+def test_a_model_whose_layers_would_mix_the_rows_is_refused(folder: Path) -> None:
+    config = json.loads((folder / "config.json").read_text())
+    mixed = {**config, "layer_types": ["linear_attention", "full_attention"]}
+    (folder / "config.json").write_text(json.dumps(mixed))
+    with pytest.raises(
+        InputError, match=r"layer_types linear_attention; expected full_attention or"
+    ):
+        load_model(folder)
+
+
 def test_a_model_that_changes_its_logits_is_refused(folder: Path) -> None:
     config = json.loads((folder / "config.json").read_text())
     (folder / "config.json").write_text(json.dumps({**config, "final_logit_softcapping": 30.0}))

@@ -117,6 +117,8 @@ ALGORITHMS: tuple[dict[str, Any], ...] = (
     {"aggregation": "seq-mean-token-mean", "unit": "row", "correction": "tis"},
     {"name": "gmpo", "correction": "seq-tis"},
     {"name": "cispo", "correction": "geometric-mask", "geometric_band": 0.3},
+    {"name": "ppo"},
+    {"name": "clip_cov", "cov_share": 0.1, "entropy_coefficient": 0.1, "kl": {"coefficient": 0.5}},
 )
 
 
@@ -131,6 +133,23 @@ def test_the_gradient_of_a_step_is_that_of_the_rows(
     assert_same(linear, tree)
     assert tree[1]["tokens_forward"] < linear[1]["tokens_forward"] / 1.5
     assert tree[1]["tokens_repeated"] == 0
+
+
+def test_so_is_it_with_a_reference_in_the_reward_and_layers_computed_again(
+    folder: Path, tmp_path: Path
+) -> None:
+    other = str(model_folder(tmp_path / "other", seed=1))
+    algorithm = {"kl": {"coefficient": 0.05, "where": "reward", "reference": other}}
+    batch = branching_batch(5)
+    linear = step(folder, "merge-prefix", algorithm, *batch)
+    tree = step(folder, "tree", algorithm, *batch, gradient_checkpointing=True)
+    assert tree[1]["kl_reference"] > 0
+    assert_same(linear, tree)
+
+
+def test_a_mixture_of_experts_sends_each_token_once(tmp_path: Path) -> None:
+    mixture, batch = model_folder(tmp_path / "moe", experts=True), branching_batch(6)
+    assert_same(step(mixture, "merge-prefix", {}, *batch), step(mixture, "tree", {}, *batch))
 
 
 @pytest.mark.parametrize("tokens", [1, 30, 70])
