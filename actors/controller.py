@@ -33,15 +33,14 @@ from actors.learner_keeper import LearnerKeeper, step_key
 from actors.restart_watch import RestartWatch
 from actors.rollout_groups import GroupRollouts
 from actors.run_events import RunEvents
+from actors.run_metrics import RunMetrics
 from actors.runner_pool import RunnerPool
 from agl_ray.agents import NO_HOST, Hook, Host, LitAgent
 from agl_ray.config import RunConfig
 from agl_ray.config.roles import role_models
-from agl_ray.ops.events import Event, Notice, Phase, Progress, StepDone, Validation
+from agl_ray.ops.events import Event, Notice, Phase, Progress, StepDone
 from agl_ray.ops.ledger import Evaluation, Ledger
 from agl_ray.ops.log import setup_logging
-from agl_ray.ops.metrics import MetricsWriter
-from agl_ray.ops.summary import confidence_interval
 from agl_ray.schedule import RowPositions
 from agl_ray.store import LightningStore
 from agl_ray.trajectory.batch import TrainBatch
@@ -55,7 +54,7 @@ POSITION = "run/position"
 class Controller:
     """One run. `boot` makes the learner and the first weights, `run` trains, `events` tells, `stop` ends.
 
-    config: RunConfig as a dictionary. agent: a LitAgent or its import string (with `base`).
+    config: RunConfig as a dictionary. agent: a LitAgent or its import string (with `base`). writer_keys: of the driver, for W&B and MLflow.
     """
 
     def __init__(
@@ -70,6 +69,7 @@ class Controller:
         hooks: tuple[Hook, ...] = (),
         host: Host = NO_HOST,
         api_key: str | None = None,
+        writer_keys: dict[str, str] | None = None,
     ) -> None:
         self.config = RunConfig.model_validate(config)
         self.namespace, self.base, self.model_path = namespace, base, model_path
@@ -91,7 +91,7 @@ class Controller:
             self._said.notice,
         )
         self._watch = RestartWatch(self.store, self.sync, self._said)
-        self.metrics = MetricsWriter(self.folder)
+        self.metrics = RunMetrics(self.config, self.folder, self._said, writer_keys or {})
         self._body: asyncio.Task[dict[str, Any]] | None = None
         self._failures: dict[str, int] = {}
         self._counted_until = time.time()
@@ -129,7 +129,7 @@ class Controller:
         saved = await self.store.get_state(POSITION)
         if saved is not None:
             self.ledger = from_json(saved, Ledger)
-            self.metrics.cut(self.ledger.step)
+        self.metrics.begin(self.ledger.step)
         if ray.get_runtime_context().was_current_actor_reconstructed:
             # The driver has told the person; it has no hand in the books.
             self.ledger.note("the controller died and went on from its position", "controller")
@@ -155,7 +155,13 @@ class Controller:
         for phase, spent in seconds.items():
             self.ledger.book(phase, spent)
         self._body = asyncio.ensure_future(self._run(endpoint))
-        return await self._body
+        ended_well = False
+        try:
+            facts = await self._body
+            ended_well = True
+        finally:
+            await self.metrics.close(ended_well)
+        return facts
 
     async def _run(self, endpoint: str) -> dict[str, Any]:
         # Of an earlier sitting: nobody waits for them, and their endpoint is gone.
@@ -279,10 +285,7 @@ class Controller:
         )
         if not result.scores:
             raise RunError(f"validation at step {step}: no rollout ended ok ({result.failures})")
-        mean, interval = confidence_interval(result.scores)
-        await self._said.tell(
-            Validation(step=step, accuracy=mean, ci95=interval, n=len(result.scores))
-        )
+        await self.metrics.validated(result)
         return result
 
     async def _commit(self, groups: GroupRollouts) -> None:
@@ -305,20 +308,8 @@ class Controller:
         before: dict[str, float],
         validation: Evaluation | None,
     ) -> None:
-        row = {
-            **batch.metrics,
-            "dropped_groups": self.ledger.dropped_groups,
-            **{key: value for key, value in metrics.items() if isinstance(value, int | float)},
-            "sync_ms": 1000 * float(result.get("seconds", 0.0)),
-            "pause_ms": 1000 * float(result.get("pause_seconds", 0.0)),
-            "weight_version": batch.step,
-            "failures": await self._new_failures(),
-        }
-        for name in ("rollout", "update", "sync", "validation", "checkpoint"):
-            row[f"seconds_{name}"] = self.ledger.seconds.get(name, 0.0) - before.get(name, 0.0)
-        if validation is not None:
-            row["validation"] = sum(validation.scores) / len(validation.scores)
-        self.metrics.write(row)
+        failures = await self._new_failures()
+        row = self.metrics.step(batch, metrics, result, self.ledger, before, failures, validation)
         await self._said.tell(StepDone(step=batch.step, steps=self.config.train.steps, metrics=row))
 
     async def _new_failures(self) -> dict[str, int]:
@@ -355,4 +346,5 @@ class Controller:
         if self._body is not None and not self._body.done():
             self._body.cancel()
             await asyncio.wait({self._body}, timeout=10)
+        await self.metrics.close(False)
         self.learners.group.kill()

@@ -48,6 +48,7 @@ from agl_ray.ops.display import Display
 from agl_ray.ops.events import Done, Progress
 from agl_ray.ops.ledger import PROCESSES, Ledger, RowResult
 from agl_ray.ops.summary import write_summary
+from agl_ray.ops.writer_choice import writer_keys
 from agl_ray.store import LightningStore
 from agl_ray.types import AglError, RunError, WaitTimeout
 from agl_ray.waits import get, wait
@@ -187,6 +188,7 @@ class RunSession:
                     store_key=self._door_key, artifacts_folder=str(self.folder / "artifacts")
                 ),
                 api_key=self._api_key,
+                writer_keys=writer_keys(self.config.logging),
             )
         )
         self._stack.callback(self._stop_controller, controller)

@@ -29,6 +29,7 @@ from agl_ray.ops.display import Display, make_display
 from agl_ray.ops.events import Notice, Phase
 from agl_ray.ops.log import setup_logging
 from agl_ray.ops.run_folder import make_run_folder
+from agl_ray.ops.writer_choice import check_writers
 from agl_ray.types import InputError, RunError, WaitTimeout
 from agl_ray.waits import get
 
@@ -90,6 +91,7 @@ class Trainer:
         make_algorithm(self.config.algorithm, self.base)
         Credit(self.config.credit, self.base)
         check_function(self.config.judge, self.base)
+        check_writers(self.config.logging)
         rows = self.rows("data.train", self.config.data.train) if train is None else train
         held_out = self.rows("data.val", self.config.data.val) if val is None else val
         if self.config.model.path is not None:

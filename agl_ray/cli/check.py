@@ -75,6 +75,7 @@ def config_findings(config: RunConfig, base: Path) -> Iterator[Finding]:
         yield attempt("judge", lambda: _judge(config, base))
     if config.roles:
         yield attempt("roles", lambda: _roles(config, base))
+    yield attempt("logging", lambda: _logging(config))
 
 
 def attempt(name: str, work: Callable[[], str]) -> Finding:
@@ -122,6 +123,13 @@ def _roles(config: RunConfig, base: Path) -> str:
     located_roles(config.roles, base)
     endpoint_keys(config.roles)
     return ", ".join(f"{name}: {role.kind}" for name, role in config.roles.items())
+
+
+def _logging(config: RunConfig) -> str:
+    from agl_ray.ops.writer_choice import check_writers
+
+    check_writers(config.logging)
+    return ", ".join(config.logging.writers) or "no writers besides metrics.jsonl"
 
 
 def _rows(config: RunConfig, source: str, base: Path) -> str:

@@ -16,6 +16,7 @@ from agl_ray.config.algorithm import AlgorithmConfig
 from agl_ray.config.credit import CreditConfig
 from agl_ray.config.critic import GROUP_BASELINES, CriticConfig, check_critic
 from agl_ray.config.judge import JudgeConfig
+from agl_ray.config.logging import LoggingConfig
 from agl_ray.config.lora import LoraConfig
 from agl_ray.config.roles import RoleConfig, RoleName
 from agl_ray.config.runners import RunnersConfig
@@ -275,6 +276,7 @@ class RunConfig(Section):
     weights: WeightsConfig = WeightsConfig()
     store: StoreConfig = StoreConfig()
     train: TrainConfig = TrainConfig()
+    logging: LoggingConfig = LoggingConfig()
     cluster: ClusterConfig = ClusterConfig()
 
     @property

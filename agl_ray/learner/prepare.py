@@ -121,6 +121,7 @@ def lay_out(
     layout = LAYOUTS[trajectory.rows]
     updates, forward = _pack_alike(rows, parts, layout, world_size, config.tokens_per_microbatch)
     stats |= {"rows": float(len(rows)), **forward}
+    stats |= _ages(rows, batch.step - 1)
     stats["seconds_layout"] = time.perf_counter() - started
     of_all = (stats, after, units if late else None, episodes)
     return [
@@ -212,6 +213,14 @@ def _signal(advantages_U: Array, units: Units, rows: int) -> dict[str, float]:
         "advantage_std": float(advantages_U.std()) if len(there) else 0.0,
         "advantage_max": float(abs(advantages_U).max(initial=0.0)),
     }
+
+
+def _ages(rows: Rows, version: int) -> dict[str, float]:
+    """Staleness: how many trained tokens are how many weight versions older than `version`, which trains on them; and their mean age."""
+    trained = version - rows.columns["versions"][rows.weights != 0]
+    ages, counts = np.unique(trained, return_counts=True)
+    found = {f"token_age.{age}": float(n) for age, n in zip(ages.tolist(), counts, strict=True)}
+    return {**found, "token_age_mean": float(trained.mean()) if len(trained) else 0.0}
 
 
 def _with_streams(rows: Rows, advantages: Array, scale: Array) -> Rows:

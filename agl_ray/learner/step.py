@@ -42,7 +42,7 @@ at the start of the step against the one now, nats, a mean over the updates; 0 w
 kl_reference, mean k3 of the policy at the start of the step against it, nats; kl_penalty, mean of what was taken off a unit's reward
 (`where: reward`).
 Learner against engine, on tokens made by the current version: tokens_current, max_logprob_diff (nats), engine_kl (mean k3, nats).
-max_token_age: weight versions between a token and this step. Counts: tokens_trained, tokens_forward (their context included),
+max_token_age: weight versions between a token and this step; token_age.AGE: trained tokens of that age, token_age_mean. Counts: tokens_trained, tokens_forward (their context included),
 tokens_shared (of the rows, but not run forward: `trajectory.rows: tree` runs a beginning that rows share once), tokens_repeated (run forward more
 than once in an update: rows that begin alike without `tree`, or with it in other micro-batches or on other ranks),
 tokens_of_batch (of all kept rows), tokens_made (by all calls; what of them is not in tokens_of_batch is in tokens_dropped_failed, _greedy,
@@ -50,8 +50,8 @@ _constrained, _frozen, _unrewarded, _overlong), tokens_merged (context tokens th
 rows_dropped_overlong, rows_dropped_empty, groups, zero_signal_groups (no unit of them has an advantage but 0), units (of credit),
 unit_groups, zero_signal_unit_groups, rollouts, rollouts_without_calls, rollouts_without_reward (a dimension that counts is missing),
 rewards_of_parts, rewards_unplaced (of parts without a call), calls, calls_failed, calls_greedy, calls_constrained, calls_frozen, branches, retokenized_tokens
-(of all calls). reward_of.DIMENSION: mean over the rollouts that have it; reward_role.ROLE: mean over the units of a role (credit.unit call,
-role). advantage_mean, advantage_std, advantage_max (of the absolute ones): over all units.
+(of all calls). reward_of.DIMENSION: mean over the rollouts that have it; reward_role.ROLE, reward_tag.TAG: mean over the units with a call of that
+role, of that tag. advantage_mean, advantage_std, advantage_max (of the absolute ones): over all units.
 With a critic (learner/critic.py): value_mean and return_mean (over the trained tokens of the whole batch, before the critic's updates), explained_variance
 (1 - Var(return - value) / Var(return)), value_loss (mean over the critic's updates, critic_updates of them, at critic_lr), value_clip_fraction (share of
 tokens whose clipped value counts), critic_grad_norm (before clipping); advantages are then of tokens, no group is without signal, and

@@ -1,11 +1,12 @@
-"""metrics.jsonl: one flat JSON object per training step, appended as it happens.
+"""metrics.jsonl: one flat JSON object per training step, appended as it happens; validation.jsonl: one per validation.
 
-Written by the controller, read by the curves, the summary and anybody's notebook. A dictionary among the values becomes
-`name.key` columns, so that every value is a number, a text or null. Test alone: tests/unit/test_ops_metrics.py.
+Written by the controller, read by the curves, the summary, the writers (`agl_ray.ops.writers`) and anybody's notebook. A dictionary
+among the values becomes `name.key` columns, so that every value is a number, a text or null. Test alone: tests/unit/test_ops_metrics.py.
 """
 
 from __future__ import annotations
 
+import itertools
 import os
 from collections.abc import Mapping
 from pathlib import Path
@@ -14,14 +15,18 @@ from typing import Any
 import msgspec
 
 FILE_NAME = "metrics.jsonl"
+VALIDATION_FILE = "validation.jsonl"
 
 # Names that the screen and the curves know, with their meaning; rooms may add others.
 STEP_METRICS = {
     "step": "training step, from 1; its update makes weight version `step`",
     "reward": "mean reward of the batch's rollouts",
+    "reward_role": "mean reward of the units (`credit.unit`) with a call in that role (`reward_role.planner`, ...)",
+    "reward_tag": "mean reward of the units with a call that has that tag (`reward_tag.search`, ...)",
     "validation": "mean reward on the held-out rows after this step, where there was a validation",
     "groups": "groups in the batch",
     "zero_signal_groups": "groups whose rewards are all equal: no gradient from them",
+    "valid_groups": "groups with signal",
     "groups_sampled": "groups sampled for the step, those without signal included (algorithm.zero_signal refill; so the next three)",
     "groups_refilled": "of these, groups without signal that a further row was sampled for",
     "groups_short": "groups that the batch lacks since the step's further groups were used up",
@@ -29,7 +34,10 @@ STEP_METRICS = {
     "dropped_groups": "groups dropped for too few ok attempts, since the start of the run",
     "rollouts": "rollouts in the batch",
     "tokens_of_batch": "tokens that the model produced in the batch's rollouts",
+    "tokens_per_second": "those tokens over the seconds of rollout, update and sync together",
     "max_token_age": "largest age of a trained token, in weight versions (staleness)",
+    "token_age": "trained tokens by age (`token_age.0`, `token_age.1`, ...)",
+    "token_age_mean": "mean age of the trained tokens",
     "sync_ms": "milliseconds from the order to the last engine's checksum",
     "pause_ms": "milliseconds during which calls were held",
     "max_logprob_diff": "largest |learner - engine| log-probability of a token of the batch, same weights",
@@ -39,14 +47,25 @@ STEP_METRICS = {
     "seconds_rollout": "seconds spent waiting for the batch",
     "seconds_update": "seconds of the learner's update",
     "seconds_sync": "seconds of the weight update",
+    "writer_failures": "failed attempts of a writer since the start of the sitting (`writer_failures.wandb`, ...)",
+}
+
+# Of validation.jsonl.
+VALIDATION_METRICS = {
+    "step": "training steps before it; 0 = the base model",
+    "reward": "mean reward of the held-out rows whose attempts ended ok",
+    "reward_low": "lower end of its 95 % confidence interval",
+    "reward_high": "upper end",
+    "rollouts": "how many these rows are",
+    "failures": "the other rows by end reason",
 }
 
 
 class MetricsWriter:
-    """Appends rows to `folder/metrics.jsonl`; each is on disk when `write` returns."""
+    """Appends rows to `folder/metrics.jsonl` (or another name); each is on disk when `write` returns."""
 
-    def __init__(self, folder: Path) -> None:
-        self.path = Path(folder) / FILE_NAME
+    def __init__(self, folder: Path, name: str = FILE_NAME) -> None:
+        self.path = Path(folder) / name
 
     def write(self, row: Mapping[str, Any]) -> None:
         """Append one row. It must have `step`; ValueError for a value that is neither number, text, null nor dictionary."""
@@ -59,7 +78,8 @@ class MetricsWriter:
         """Drop the rows after `step`, which a resumed run writes again, and a torn last line."""
         if not self.path.exists():
             return
-        kept = [row for row in read_metrics(self.path.parent) if row["step"] <= step]
+        rows = read_metrics(self.path.parent, self.path.name)
+        kept = [row for row in rows if row["step"] <= step]
         fresh = self.path.with_suffix(".new")
         fresh.write_bytes(b"".join(msgspec.json.encode(row) + b"\n" for row in kept))
         os.replace(fresh, self.path)
@@ -82,16 +102,15 @@ def flatten(row: Mapping[str, Any], prefix: str = "") -> dict[str, Any]:
     return flat
 
 
-def read_metrics(folder: Path) -> list[dict[str, Any]]:
-    """The rows of `folder/metrics.jsonl`, oldest first; none where there is no file. A torn last line is left out."""
-    path = Path(folder) / FILE_NAME
+def read_metrics(folder: Path, name: str = FILE_NAME, start: int = 0) -> list[dict[str, Any]]:
+    """The rows of `folder/metrics.jsonl` (or another name) from number `start` on, oldest first; none where there is no file. A torn
+    last line is left out."""
+    path = Path(folder) / name
     if not path.exists():
         return []
-    rows = []
-    for line in path.read_bytes().splitlines(keepends=True):
-        if line.endswith(b"\n"):
-            rows.append(msgspec.json.decode(line))
-    return rows
+    with path.open("rb") as file:
+        lines = itertools.islice(file, start, None)
+        return [msgspec.json.decode(line) for line in lines if line.endswith(b"\n")]
 
 
 def tokens_per_second(row: Mapping[str, Any]) -> float | None:

@@ -100,16 +100,17 @@ class Credit:
             "rewards_unplaced": float(rewards.unplaced),
             "rollouts_without_reward": float((~there).sum()),
             **_means("reward_of", ((name, r) for own in rewards.own for name, r in own.items())),
-            **_means("reward_role", self._by_role(role, reward)),
+            **_means("reward_role", _by_label(self._roles(calls), unit_of, reward)),
+            **_means("reward_tag", _by_label(calls.tags, unit_of, reward)),
         }
         return Units(
             reward, group, member, row[member], role, units_of.turns(), tokens, units_of.states(), of_call, counts
         )  # fmt: skip
 
-    def _by_role(self, role: Sequence[str | None], reward: Array) -> Iterable[tuple[str, float]]:
-        if self.config.unit == "rollout":
-            return ()
-        return zip((name or "none" for name in role), reward.tolist(), strict=True)
+    def _roles(self, calls: Calls) -> Iterable[tuple[str, ...]]:
+        """Of each call, for the metrics: calls without a role are worth a line only where units have roles."""
+        unnamed = () if self.config.unit == "rollout" else ("none",)
+        return ((role,) if role else unnamed for role in calls.roles)
 
     def _weight(self, part: PartReward) -> float:
         weights = self.config.weights
@@ -182,6 +183,19 @@ def _numbers(keys: Sequence[Hashable]) -> tuple[Array, Array]:
     numbers: dict[Hashable, int] = {}
     found = np.array([numbers.setdefault(key, len(numbers)) for key in keys], np.int64)
     return found, np.unique(found, return_index=True)[1].astype(np.int64)
+
+
+def _by_label(
+    labels: Iterable[Iterable[str]], unit_of: Sequence[int], reward: Array
+) -> Iterator[tuple[str, float]]:
+    """labels: of each call. Every label with the reward of each unit that has a call of it."""
+    pairs = {
+        (label, unit): None
+        for mine, unit in zip(labels, unit_of, strict=True)
+        if unit >= 0
+        for label in mine
+    }
+    return ((label, float(reward[unit])) for label, unit in pairs)
 
 
 def _means(prefix: str, values: Iterable[tuple[str, float]]) -> dict[str, float]:

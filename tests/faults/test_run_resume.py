@@ -7,8 +7,9 @@ from collections import Counter
 from pathlib import Path
 
 import pytest
+from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
 
-from agl_ray.ops.metrics import read_metrics
+from agl_ray.ops.metrics import VALIDATION_FILE, read_metrics
 from agl_ray.store import LightningStore
 from agl_ray.store.core import StoreCore
 from agl_ray.trajectory.batch import TrainBatch
@@ -72,5 +73,11 @@ def test_a_finished_run_goes_on_for_more_steps_and_takes_up_a_journalled_batch(
     assert kept == batch
     assert steps == {1: 16, 2: 16, 4: 16}  # nothing was rolled out for step 3
     assert [row["step"] for row in read_metrics(run.run_folder)] == [1, 2, 3, 4]
+    assert [row["step"] for row in read_metrics(run.run_folder, VALIDATION_FILE)] == [0, 2, 4]
+    # One run with every point once, in TensorBoard's own reading.
+    shown = EventAccumulator(str(run.run_folder / "tensorboard"))
+    shown.Reload()
+    for name, steps in (("train/grad_norm", [1, 2, 3, 4]), ("val/reward", [0, 2, 4])):
+        assert [point.step for point in shown.Scalars(name)] == steps
     rewards = [member.reward for member in batch.members]
     assert read_metrics(run.run_folder)[2]["reward"] == pytest.approx(sum(rewards) / len(rewards))

@@ -262,6 +262,13 @@ def test_learner_and_engine_are_compared_on_tokens_of_the_current_version_only(
     k3 = math.exp(-0.01) - 1 + 0.01
     assert metrics["engine_kl"] == pytest.approx(k3 / 3, abs=1e-7)
     assert (metrics["tokens_current"], metrics["max_token_age"]) == (3, 3)
+    ages = {name: value for name, value in metrics.items() if name.startswith("token_age")}
+    assert ages == {
+        "token_age.0": 3,
+        "token_age.1": 1,
+        "token_age.3": 1,
+        "token_age_mean": pytest.approx(4 / 5),
+    }
 
 
 def test_a_payload_for_another_step_is_refused(folder: Path) -> None:

@@ -376,6 +376,21 @@ def test_groups_without_signal_are_counted_by_row_and_by_unit() -> None:
     assert spread == pytest.approx((0.0, math.sqrt(0.125), 0.5))
 
 
+def test_rewards_are_shown_by_role_and_by_tag() -> None:
+    spans = [
+        call("a", [1], [2], attempt=ONE, role="x", attributes=tagged("find")),
+        call("b", [1], [2], attempt=ONE, role="x", attributes=tagged("find", "last")),
+        call("a", [1], [2], attempt=TWO, attributes=tagged("find")),
+    ]
+    counts = units_of(spans, two_rollouts(1.0, 0.5), CreditConfig()).counts
+    shown = {name: value for name, value in counts.items() if name.startswith("reward_")}
+    # A rollout counts once, however many of its calls have the tag; nobody asked for a line of calls without a role.
+    assert shown == {"reward_role.x": 1.0, "reward_tag.find": 0.75, "reward_tag.last": 1.0}
+    by_call = units_of(spans, two_rollouts(1.0, 0.5), CreditConfig(unit="call")).counts
+    assert by_call["reward_role.none"] == 0.5
+    assert by_call["reward_tag.find"] == pytest.approx(2.5 / 3)
+
+
 def test_what_agents_emit_reaches_the_units() -> None:
     recorder = SpanRecorder(*ONE)
     with recording(recorder):
