@@ -22,7 +22,7 @@ from agl_ray.algorithms.kl import estimate
 from agl_ray.algorithms.ppo import ValueInputs, value_loss
 from agl_ray.learner import fsdp, optim
 from agl_ray.learner.model import load_model
-from agl_ray.learner.packing import Packed, _rows_apart
+from agl_ray.learner.packing import Packed, rows_apart
 from agl_ray.learner.prepare import Payload, Update
 from agl_ray.learner.recompute import recompute_layers
 from agl_ray.learner.reference import Known
@@ -62,7 +62,7 @@ def token_values(model: Any, packed: Packed) -> torch.Tensor:
     """float32 [N]: what `model` expects to be earned from token t on, seeing the tokens before it in its row; 0 where `packed.weights` is 0."""
     device = model.device
     where, _, before = packed.predicted
-    with _rows_apart(model, packed) as apart:
+    with rows_apart(model, packed) as apart:
         made = model(
             input_ids=torch.tensor(packed.input_ids, device=device),
             position_ids=torch.tensor(packed.position_ids, device=device),

@@ -151,7 +151,7 @@ def token_outputs(model: Any, packed: Packed, *, entropy: bool = False) -> Token
     temperature = packed.columns.get("temperature")
     scale = None if temperature is None else torch.from_numpy(1.0 / temperature[where]).to(device)
     given = head_gives_logprobs(model, targets, scale, entropy=entropy)
-    with given, _rows_apart(model, packed) as apart:
+    with given, rows_apart(model, packed) as apart:
         selected = model(
             input_ids=torch.tensor(packed.input_ids, device=device),
             position_ids=torch.tensor(packed.position_ids, device=device),
@@ -166,7 +166,7 @@ def token_outputs(model: Any, packed: Packed, *, entropy: bool = False) -> Token
 
 
 @contextmanager
-def _rows_apart(model: Any, packed: Packed) -> Iterator[dict[str, Any]]:
+def rows_apart(model: Any, packed: Packed) -> Iterator[dict[str, Any]]:
     """Arguments for the model's forward that keep the rows apart; empty where transformers does it from position_ids."""
     from agl_ray.learner import attention
 

@@ -83,6 +83,19 @@ def test_packed_values_are_those_of_each_row_alone(folder: Path) -> None:
         assert abs(together[row]).max() > 1e-2
 
 
+def test_a_tied_head_becomes_the_critics_own(tmp_path: Path) -> None:
+    tied = model_folder(tmp_path / "tied", tied=True)
+    learner = taught(tied, steps=1)
+    assert learner.critic is not None
+    model = learner.critic.model
+    assert model.get_output_embeddings().weight.shape == (1, 32)
+    assert model.get_input_embeddings().weight.shape == (50, 32)
+    learner.save(tmp_path / "step-1")
+    again = Learner(PPO, learner.config, tied)
+    again.load(tmp_path / "step-1")
+    assert torch.equal(flat(again.critic.model), flat(model))  # type: ignore[union-attr]
+
+
 def test_the_first_values_are_zero_and_the_advantage_is_the_reward(folder: Path) -> None:
     spans, batch = random_batch(3)
     config = learner_config()
