@@ -24,7 +24,8 @@ POSITION = "position.json"
 
 class KLConfig(Section):
     coefficient: Annotated[float, Field(ge=0)] | None = None
-    """Weight of the KL divergence from the reference (0.001 to 0.05 are usual), which costs a second model in memory and a forward pass.
+    """Weight of the KL divergence from the reference (0.001 to 0.05 are usual), which costs a forward pass and a second model in memory; with
+    learner.lora the base model is the policy without its adapters and needs no second one.
     0: it is measured only (metric `kl_reference`). None: no reference is loaded."""
     where: Literal["loss", "reward"] = "loss"
     """`loss`: a term beside the policy loss, with the same token scale. `reward`: what a unit's trained tokens add up to is taken off its reward

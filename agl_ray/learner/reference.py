@@ -1,7 +1,8 @@
-"""The reference model: a second copy that never learns, and what its log-probabilities take off the rewards. `algorithm.kl`.
+"""The reference model: one that never learns, and what its log-probabilities take off the rewards. `algorithm.kl`.
 
-A `Reference` is anything with `logprobs(micro)`; `FrozenModel` is one, sharded over the ranks as the policy is. Resuming a run changes nothing of
-it: it is read from its own folder, never from the run's checkpoints. Called by learner/step.py. Test it alone:
+A `Reference` is anything with `logprobs(micro)`. `FrozenModel` is a second model, sharded over the ranks as the policy is. Where only adapters are
+trained (learner.lora) the base needs no copy: `AdaptersOff` is the policy without them. Resuming a run changes nothing of either: the one is
+read from its own folder, never from the run's checkpoints, the other is never changed. Called by learner/step.py. Test it alone:
 tests/unit/test_learner_reference.py.
 """
 
@@ -10,14 +11,14 @@ from __future__ import annotations
 import json
 from collections.abc import Mapping, Sequence
 from pathlib import Path
-from typing import TYPE_CHECKING, Protocol
+from typing import TYPE_CHECKING, Any, Protocol
 
 import numpy as np
 import torch
 
 from agl_ray.algorithms.kl import estimate
 from agl_ray.config.kl import POSITION, reference_folder
-from agl_ray.learner import checkpoint, fsdp
+from agl_ray.learner import checkpoint, fsdp, lora
 from agl_ray.learner.model import load_model
 from agl_ray.learner.packing import Packed, token_logprobs
 from agl_ray.types.errors import InputError
@@ -41,6 +42,7 @@ class Reference(Protocol):
 
 def make_reference(
     config: KLConfig,
+    policy: Any,
     model_path: Path,
     base: Path | None,
     dtype: torch.dtype,
@@ -48,12 +50,26 @@ def make_reference(
     world_size: int = 1,
     device: str = "cpu",
 ) -> Reference | None:
-    """The reference that `algorithm.kl` asks for, None where it asks for none. model_path: the run's base model. base: where the folder that
+    """The reference that `algorithm.kl` asks for, None where it asks for none. policy: the model that is trained. model_path: the run's base model. base: where the folder that
     `config.reference` names is looked up too."""
     if not config.on:
         return None
     folder = reference_folder(config, base or Path.cwd())
+    if folder is None and lora.has_adapters(policy):
+        return AdaptersOff(policy, dtype)
     return FrozenModel(model_path, folder, dtype=dtype, world_size=world_size, device=device)
+
+
+class AdaptersOff:
+    """The base model of a policy that is trained through adapters: the policy itself, to the bit what it was before the first step."""
+
+    def __init__(self, policy: Any, dtype: torch.dtype) -> None:
+        self.model, self.dtype = policy, dtype
+
+    @torch.no_grad()
+    def logprobs(self, micro: Packed) -> torch.Tensor:
+        with lora.adapters_off(self.model), fsdp.compute_in(self.model, self.dtype):
+            return token_logprobs(self.model, micro)
 
 
 class FrozenModel:

@@ -96,7 +96,13 @@ class Learner:
         if world_size > 1:
             fsdp.shard(self.model, self.dtype)
         self.reference = make_reference(
-            algorithm.kl, self.model_path, base, self.dtype, world_size=world_size, device=device
+            algorithm.kl,
+            self.model,
+            self.model_path,
+            base,
+            self.dtype,
+            world_size=world_size,
+            device=device,
         )
         self.optimizer = optim.make_optimizer(self.model, config)
         self.critic = None

@@ -13,7 +13,7 @@ from safetensors.torch import load_file
 from torch.distributed.checkpoint import FileSystemReader
 from transformers import AutoModelForCausalLM
 
-from agl_ray.algorithms.algorithm import make_algorithm
+from agl_ray.config.kl import KLConfig
 from agl_ray.config.lora import LoraConfig
 from agl_ray.config.models import AlgorithmConfig, LearnerConfig
 from agl_ray.learner import lora
@@ -40,8 +40,7 @@ def train(learner: Learner, first: int = 1, last: int = 1) -> list[dict[str, flo
     rows = []
     for step in range(first, last + 1):
         spans, batch = random_batch(9, step=step)
-        made = make_algorithm(AlgorithmConfig())
-        payload = lay_out(spans, batch, made, learner.config, world_size=1, seed=0)[0]
+        payload = lay_out(spans, batch, learner.algorithm, learner.config, world_size=1, seed=0)[0]
         rows.append(learner.train(payload))
     return rows
 
@@ -82,6 +81,24 @@ def test_only_the_adapters_are_trained(folder: Path) -> None:
     train(learner, 2, 2)
     after = tensors(learner, True)
     assert not [n for n in adapters if torch.equal(after[n], adapters[n])]
+
+
+@pytest.mark.parametrize("where", ["loss", "reward"])
+def test_the_policy_without_adapters_is_the_reference(folder: Path, where: str) -> None:
+    rows = {}
+    for name in ("base", str(folder)):  # without a copy, and with one
+        kl = {"coefficient": 0.3, "where": where, "reference": name}
+        algorithm = AlgorithmConfig.model_validate({"kl": kl})
+        config = LearnerConfig(lr=2e-2, lora=LoraConfig(rank=4), minibatches=2)
+        learner = Learner(algorithm, config, folder)
+        assert learner.reference is not None
+        assert (learner.reference.model is learner.model) == (name == "base")
+        rows[name] = train(learner, 1, 3)
+    without, copied = rows.values()
+    for left, right in zip(without, copied, strict=True):
+        for key in ("loss", "grad_norm", "kl_reference"):
+            assert left[key] == pytest.approx(right[key], rel=1e-4, abs=1e-6)
+    assert without[0]["kl_reference"] == 0.0 < 1e-3 < without[2]["kl_reference"]
 
 
 @pytest.mark.parametrize("kind", [{}, {"tied": True}, {"experts": True}])
@@ -259,6 +276,9 @@ def test_adapters_and_all_weights_do_not_load_each_other(
     ):
         plain.load(checkpoint)
     plain.save(tmp_path / "all")
+    kl = KLConfig(coefficient=0.1, reference=str(checkpoint))
+    with pytest.raises(InputError, match=r"one of all weights, it holds adapters only"):
+        Learner(AlgorithmConfig(kl=kl), LearnerConfig(), folder)
     with pytest.raises(
         InputError, match=r"a checkpoint of adapters only, .* got one of all weights"
     ):
