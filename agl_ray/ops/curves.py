@@ -70,6 +70,9 @@ def _column(rows: Rows, name: str) -> tuple[list[int], list[float]]:
 def _reward(panel: Any, rows: Rows, validation: Mapping[str, Any]) -> None:
     steps, values = _column(rows, "reward")
     panel.plot(steps, values, color=BLUE, linewidth=1.6, label="training batch")
+    steps, sampled = _column(rows, "reward_sampled")
+    if sampled:  # the batch has the groups with signal only
+        panel.plot(steps, sampled, color=ORANGE, linewidth=1.6, label="all groups sampled")
     points = list(zip(*_column(rows, "validation"), strict=True))
     ends = [("before", 0), ("after", max(row["step"] for row in rows))]
     spreads = {}
@@ -90,7 +93,7 @@ def _reward(panel: Any, rows: Rows, validation: Mapping[str, Any]) -> None:
             panel.annotate(
                 f"{mean:.3f}", (step, mean), xytext=(6, -16), textcoords="offset points", color=RED
             )
-    _unit_range(panel, values + [p[1] for p in points])
+    _unit_range(panel, values + sampled + [p[1] for p in points])
     panel.set_title("mean reward")
     panel.legend(frameon=False, loc="lower right")
 

@@ -49,6 +49,14 @@ def test_a_partial_file_and_none(tmp_path: Path) -> None:
     assert draw_curves(tmp_path) is not None
 
 
+def test_rewards_of_what_the_batch_left_out(tmp_path: Path) -> None:
+    """Dynamic sampling: a step may have no group with signal, and so no reward of its batch."""
+    writer = MetricsWriter(tmp_path)
+    for row in rows(3):
+        writer.write(row | {"reward_sampled": 0.9} | ({"reward": None} if row["step"] == 2 else {}))
+    assert draw_curves(tmp_path) is not None
+
+
 def test_a_validation_that_did_not_take_place(tmp_path: Path) -> None:
     MetricsWriter(tmp_path).write(rows(1)[0])
     partial = {"before": 0.2, "ci95_before": [0.1, 0.3], "after": None, "ci95_after": None}
