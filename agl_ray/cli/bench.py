@@ -131,6 +131,30 @@ def trajectory(
     report(run_trajectory(quick=quick, cache=cache, alone=alone), json_file)
 
 
+@app.command()
+def learner(
+    quick: Quick = False,
+    json_file: JsonFile = None,
+    alone: Annotated[
+        bool, typer.Option("--alone", help="Without TRL, which needs an installation.")
+    ] = False,
+    cache: Annotated[
+        Path,
+        typer.Option("--cache", help="Folder of TRL's environment (300 MB, made by pip once)."),
+    ] = Path(".cache"),
+) -> None:
+    """A training step of the learner against TRL's GRPOTrainer: tokens per CPU second, peak memory; growth with rows and length.
+
+    \b
+    Examples:
+      agl-ray bench learner --quick --json bench-learner.json
+      agl-ray bench learner --alone
+    """
+    from agl_ray.bench.learner import run_learner
+
+    report(run_learner(quick=quick, cache=cache, alone=alone), json_file)
+
+
 def report(numbers: dict[str, Any], json_file: Path | None, *, shown: bool = True) -> None:
     """Print the numbers, one a line (`shown`), and write them to `json_file`."""
     wide = max(len(name) for name in numbers)
