@@ -15,8 +15,15 @@ from agl_ray.trajectory.batch import GroupPlan, Member, TrainBatch
 VOCABULARY = 50
 
 
-def model_folder(folder: Path, *, seed: int = 0, tied: bool = False, experts: bool = False) -> Path:
-    """A random Qwen3 or Qwen3-MoE (hidden 32, 2 layers) with a word tokenizer, as save_pretrained writes them."""
+def model_folder(
+    folder: Path,
+    *,
+    seed: int = 0,
+    tied: bool = False,
+    experts: bool = False,
+    biases: bool = False,
+) -> Path:
+    """A random Qwen3 or Qwen3-MoE (hidden 32, 2 layers; `biases` in the attention) with a word tokenizer, as save_pretrained writes them."""
     import torch
     from tokenizers import Tokenizer, models
     from transformers import (
@@ -38,6 +45,7 @@ def model_folder(folder: Path, *, seed: int = 0, tied: bool = False, experts: bo
         head_dim=8,
         initializer_range=0.1,
         tie_word_embeddings=tied,
+        attention_bias=biases,
         **(mixture if experts else {}),
     )
     AutoModelForCausalLM.from_config(config).save_pretrained(folder)

@@ -101,7 +101,7 @@ def test_the_policy_without_adapters_is_the_reference(folder: Path, where: str) 
     assert without[0]["kl_reference"] == 0.0 < 1e-3 < without[2]["kl_reference"]
 
 
-@pytest.mark.parametrize("kind", [{}, {"tied": True}, {"experts": True}])
+@pytest.mark.parametrize("kind", [{"biases": True}, {"tied": True}, {"experts": True}])
 def test_what_leaves_the_learner_is_merged_and_whole(tmp_path: Path, kind: dict[str, bool]) -> None:
     source = model_folder(tmp_path / "model", **kind)
     learner = make(source)
