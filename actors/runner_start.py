@@ -68,11 +68,15 @@ def _why(runners: RunnersConfig) -> str:
             f"{words}no node of the cluster has that, together they have {_amounts(ray.cluster_resources())}. Make runners.resources or "
             "runners.num_cpus smaller, or start nodes that have it"
         )
-    free = _amounts(ray.available_resources(), needs)
-    making = " or its environment (runners.runtime_env) is still being made" * bool(
-        runners.runtime_env
-    )
-    return f"{words}free in the cluster: {free}; either others hold its place{making}"
+    free = ray.available_resources()
+    if all(free.get(name, 0.0) >= much for name, much in needs.items()):
+        what = (
+            "its environment (runners.runtime_env) is being made, or its"
+            if runners.runtime_env
+            else "its"
+        )
+        return f"{words}the cluster has that free: {what} process is coming up, slowly"
+    return f"{words}others hold its place; free in the cluster: {_amounts(free, needs)}"
 
 
 def _amounts(resources: dict[str, Any], only: dict[str, Any] | None = None) -> str:

@@ -12,7 +12,7 @@ from typing import Any
 
 import msgspec
 
-from agl_ray.spans import KIND_SPAN
+from agl_ray.spans import KIND_SPAN, span_batch
 from agl_ray.spans.objects import span_row
 from agl_ray.spans.otel import columns_of
 from agl_ray.tracing import SpanRecorder
@@ -34,7 +34,8 @@ def record_returned(spans: Sequence[Any], recorder: SpanRecorder) -> float | Non
 def _row(span: Any, number: int, recorder: SpanRecorder) -> dict[str, Any]:
     try:
         row = _given(span, recorder)
-    except (InputError, msgspec.ValidationError) as error:
+        span_batch([row])  # says what cannot be stored while the agent can still be told
+    except (InputError, TypeError, ValueError) as error:  # pyarrow's and msgspec's are among them
         raise InputError(
             f"the agent returned spans, and number {number} is none: {error}"
         ) from error

@@ -46,8 +46,8 @@ class RunnersConfig(Section):
     """Ray's runtime environment of every runner, as Ray knows it: `pip`, `uv`, `conda`, `working_dir`, `py_modules`, `env_vars`, `image_uri`, ... .
     `working_dir` and `py_modules` as URIs of archives (`https://.../agent.zip`, `s3://...`): folders Ray takes of a whole job only."""
     start_seconds: PositiveFloat = 300.0
-    """Deadline for a runner to be placed, its environment made and its agent imported. The run ends where none of `min_runners` (or
-    `num_runners`) may wait longer; a runner above them is given up and asked for again later."""
+    """Deadline for a runner to be placed, its environment to be made and its process to come up. The run ends where one of `min_runners` (or
+    `num_runners`) does not make it; a runner above them is given up, and asked for again a minute later."""
 
     @property
     def elastic(self) -> bool:

@@ -144,14 +144,25 @@ def test_groups_that_keep_failing_end_the_run_with_their_reason(store: Lightning
     asyncio.run(scenario())
 
 
-@pytest.mark.slow
-def test_processes_of_their_own_keep_the_pool_alive(store: LightningStore) -> None:
-    """Crashes, exits and hangs end their own attempts only: no runner dies, and the other rollouts go on."""
-    rows = [{"do": do} for do in ("os_exit", "crash", "hang", "nothing", "nothing", "nothing")]
+@pytest.mark.parametrize(
+    ("isolation", "only_here", "failures"),
+    [
+        ("inline", (), {"agent_error": 2, "timeout": 1}),
+        ("process", ("os_exit", "crash"), {"agent_error": 4, "timeout": 1}),
+    ],
+)
+def test_whatever_agents_do_the_pool_goes_on(
+    store: LightningStore, isolation: str, only_here: tuple[str, ...], failures: dict[str, int]
+) -> None:
+    """Each ends its own attempt only, with its reason counted: no runner dies, and the other rollouts go on. A process of their own keeps
+    also those apart that would take the runner with them."""
+    fine = ("fork", "threads", "print", "nothing", "nothing")
+    kinds = ("raise", "exit", "hang", *only_here, *fine)
+    rows = [{"do": do, "seconds": 3, "bytes": 1 << 23} for do in kinds]
 
     async def scenario() -> None:
-        settings = config(max_attempts=1, timeout_seconds=1.0)
-        runners = settings.runners.model_copy(update={"isolation": "process"})
+        settings = config(max_attempts=1, timeout_seconds=2.0)
+        runners = settings.runners.model_copy(update={"isolation": isolation})
         evaluation, notices = await with_pool(
             settings.model_copy(update={"runners": runners}),
             store,
@@ -159,8 +170,8 @@ def test_processes_of_their_own_keep_the_pool_alive(store: LightningStore) -> No
             rows,
             lambda groups: groups.evaluate(rows, 0, lambda n: None),
         )
-        assert evaluation.scores == [1.0] * 3
-        assert evaluation.failures == {"agent_error": 2, "timeout": 1}
+        assert evaluation.scores == [1.0] * len(fine)
+        assert evaluation.failures == failures
         assert notices == []
 
     asyncio.run(scenario())

@@ -95,6 +95,8 @@ def test_an_empty_list_is_as_none() -> None:
     [
         (object(), "number 1 is none: expected a span of OpenTelemetry's SDK"),
         ({"attributes": {}}, "number 1 is none: Object missing required field `name`"),
+        ({"name": "a", "attributes": {"x": object()}}, "number 1 is none"),
+        ({"name": "a", "extra": {"prompt_ids": "abc"}}, "number 1 is none"),
         ({"name": "a", "status": "good"}, "expected one of ['UNSET', 'OK', 'ERROR'], got 'good'"),
         ({"name": "a", "rollout_id": "ro-2"}, "has the rollout_id 'ro-2': expected its own"),
         ({"name": "a", "attributes": {"agentlightning.reward.0.value": "high"}}, "finite number"),
