@@ -18,9 +18,10 @@ k2 and k3 are equal. A token answers for its own divergence only.
 In the reward    R_u <- R_u - coefficient sum_{t in u} k_t      under pi_old, before the advantages
 
 u: a unit of credit. So the group's baseline, its standard deviation and everything else see the penalised reward (RLHF's form, 1909.08593;
-RLOO's, 2402.14740, with the sum over the response). Only tokens that are trained count: a row dropped as overlong adds nothing.
+RLOO's, 2402.14740, with the sum over the response). With a critic (`advantage: gae`) each token's is taken off its own reward, R_t <- R_t -
+coefficient k_t. Only tokens that are trained count: a row dropped as overlong adds nothing.
 
-Called by algorithms/algorithm.py and learner/reference.py. Test alone: tests/unit/test_algorithms_kl.py.
+Called by algorithms/algorithm.py, learner/reference.py and learner/critic.py. Test alone: tests/unit/test_algorithms_kl.py.
 """
 
 from __future__ import annotations

@@ -29,7 +29,8 @@ class KLConfig(Section):
     0: it is measured only (metric `kl_reference`). None: no reference is loaded."""
     where: Literal["loss", "reward"] = "loss"
     """`loss`: a term beside the policy loss, with the same token scale. `reward`: what a unit's trained tokens add up to is taken off its reward
-    before the advantages, so that a token answers for the divergence of its whole unit; costs one more forward pass."""
+    before the advantages, so that a token answers for the divergence of its whole unit (with a critic off the token's own reward, so for its own and the
+    later ones); costs one more forward pass."""
     estimator: Estimator | None = None
     """Of a token, from l = log pi - log reference: k1 = l, k2 = l^2 / 2, k3 = exp(-l) + l - 1. None: the one with the right gradient, k2 in the
     loss, k1 in the reward."""
@@ -38,7 +39,7 @@ class KLConfig(Section):
     divergence for all three. False with k3: GRPO's term, whose gradient is biased."""
     reference: str = BASE
     """`base`: the model that the run starts from. Else a Hugging Face model folder of the same vocabulary, or a checkpoint of a run of this model
-    (`runs/NAME/checkpoints/step-000040`)."""
+    (`runs/NAME/checkpoints/step-000040`; of a run with learner.lora give its export)."""
 
     @property
     def on(self) -> bool:

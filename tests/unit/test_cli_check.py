@@ -55,6 +55,7 @@ def test_all_well(folder: Path, capsys: pytest.CaptureFixture[str]) -> None:
         (["cluster.address=127.0.0.1:1"], ["cluster", "no Ray answers at 127.0.0.1:1"]),
         (["model={make: 'agent.py:make'}"], ["model", "has no 'make'"]),
         (["judge={function: 'agent.py:calculator'}"], ["judge", "for its parameter 'llm'"]),
+        (["algorithm.kl={coefficient: 0.1, reference: x}"], ["reference", "there is no folder x"]),
         (["roles={old: {kind: frozen, model: runs/x}}"], ["roles.old.model: there is no folder"]),
     ],
 )

@@ -211,6 +211,7 @@ def play(learner: Learner, of: AlgorithmConfig, steps: int, rollouts: int = 96) 
     return float(probabilities[::2].sum())
 
 
+@pytest.mark.slow
 def test_a_bandit_goes_to_the_known_optimum_and_no_further(folder: Path) -> None:
     """Of E[R] - b KL(pi || reference) it is pi ~ reference exp(R / b)."""
     config = LearnerConfig(lr=3e-3)
