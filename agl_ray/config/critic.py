@@ -41,9 +41,16 @@ class CriticConfig(Section):
     """Training steps at the beginning in which the critic learns alone (value pretraining, arXiv 2503.01491); the policy stays as it is."""
 
 
-def check_critic(algorithm: AlgorithmConfig, credit: CreditConfig, critic: CriticConfig) -> None:
-    """ValueError where a key of these three sections would do nothing beside the others."""
+def check_baseline(
+    algorithm: AlgorithmConfig, credit: CreditConfig, critic: CriticConfig, min_group: int
+) -> None:
+    """ValueError where a key of these three sections would do nothing beside the others, or a group is too small for its baseline."""
     name = algorithm.advantage
+    if min_group < 2 and name in GROUP_BASELINES:
+        raise ValueError(
+            f"rollout.min_group: expected 2 or more, got {min_group}: algorithm.advantage {name} compares the rollouts of a group, and one "
+            "alone has nothing to be compared with"
+        )
     changed = [key for key, value in critic if value != getattr(CriticConfig(), key)]
     if changed and (name in WITHOUT_CRITIC or ":" in name):
         raise ValueError(

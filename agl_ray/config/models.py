@@ -14,7 +14,7 @@ from pydantic import Field, field_validator, model_validator
 from agl_ray.config.agent import AgentKey
 from agl_ray.config.algorithm import AlgorithmConfig
 from agl_ray.config.credit import CreditConfig
-from agl_ray.config.critic import GROUP_BASELINES, CriticConfig, check_critic
+from agl_ray.config.critic import CriticConfig, check_baseline
 from agl_ray.config.judge import JudgeConfig
 from agl_ray.config.logging import LoggingConfig
 from agl_ray.config.lora import LoraConfig
@@ -289,11 +289,6 @@ class RunConfig(Section):
             raise ValueError(
                 f"rollout.min_group ({self.rollout.min_group}) is larger than rollout.group_size ({self.rollout.group_size}): no group could ever be trained on"
             )
-        if self.rollout.min_group < 2 and self.algorithm.advantage in GROUP_BASELINES:
-            raise ValueError(
-                f"rollout.min_group: expected 2 or more, got {self.rollout.min_group}: algorithm.advantage {self.algorithm.advantage} "
-                "compares the rollouts of a group, and one alone has nothing to be compared with"
-            )
         if self.rollout.max_tokens >= self.engine.max_model_len:
             raise ValueError(
                 f"rollout.max_tokens ({self.rollout.max_tokens}) leaves no room for a prompt in engine.max_model_len ({self.engine.max_model_len})"
@@ -321,7 +316,7 @@ class RunConfig(Section):
                 "algorithm.loss kl_cov penalises what has moved since the start of the batch, and with learner.minibatches 1 nothing has; say "
                 "2 or more"
             )
-        check_critic(self.algorithm, self.credit, self.learner.critic)
+        check_baseline(self.algorithm, self.credit, self.learner.critic, self.rollout.min_group)
         if self.weights.transport == "nccl" and not (
             self.engine.num_gpus and self.learner.num_gpus
         ):
