@@ -12,6 +12,7 @@ Legend: R rows, Q of their tokens that ask, K that they see, H and G heads of qu
 
 from __future__ import annotations
 
+import functools
 from collections.abc import Iterator
 from contextlib import contextmanager
 from contextvars import ContextVar
@@ -20,6 +21,7 @@ from typing import Any
 
 import numpy as np
 import torch
+from torch.utils.checkpoint import checkpoint
 from transformers import AttentionInterface, AttentionMaskInterface
 from transformers.integrations.sdpa_attention import sdpa_attention_forward
 from transformers.masking_utils import sdpa_mask
@@ -31,6 +33,8 @@ from agl_ray.types.errors import InputError
 NAME = "agl_blocks"
 MASKED_PADDING = 1.25
 """Most that padding makes of a row that shares its beginning, in either direction: there it costs its whole Q x K scores."""
+MASKED_KEYS = 1 << 15
+"""Most keys of such rows copied at once (a longer row goes alone)."""
 GRAIN = 32
 """Tokens by which short rows may be padded beyond that: a block of their own costs more."""
 
@@ -87,7 +91,10 @@ def blocks_of(lengths: Array, shared: Array, device: torch.device) -> Blocks:
     near = np.log(sizes[:, 0]) // np.log(MASKED_PADDING)
     by_size = whole[np.argsort(-lengths[whole], kind="stable")]
     by_both = rest[np.lexsort((-lengths[rest], -near[rest]))]
-    runs = [*_alike(by_size, lengths[:, None], 2.0), *_alike(by_both, sizes, MASKED_PADDING)]
+    runs = list(_alike(by_size, lengths[:, None], 2.0))
+    for run in _alike(by_both, sizes, MASKED_PADDING):
+        step = max(1, MASKED_KEYS // int(lengths[run].max()))
+        runs += np.split(run, np.arange(step, len(run), step))
     made = [_block(run, lengths, shared, places, device) for run in runs]
     back = np.argsort(np.concatenate([asked for _, asked in made]))
     return Blocks([block for block, _ in made], torch.from_numpy(back).to(device))
@@ -160,16 +167,35 @@ def _attention(
         )
     if blocks is None:
         return sdpa_attention_forward(module, query, key, value, attention_mask, **kwargs)
-    query_THD, key_TGD, value_TGD = (part[0].transpose(0, 1) for part in (query, key, value))
+    streams = [part[0].transpose(0, 1) for part in (query, key, value)]
     outputs = []
     for block in blocks.blocks:
-        q_RHQD = query_THD[block.queries].transpose(1, 2)
-        k_RGKD, v_RGKD = (part[block.keys].transpose(1, 2) for part in (key_TGD, value_TGD))
-        mask = block.mask(sliding_window)
-        out_RQHD, _ = sdpa_attention_forward(module, q_RHQD, k_RGKD, v_RGKD, mask, **kwargs)
-        outputs.append(out_RQHD.flatten(0, 1)[block.real])
+        attend = functools.partial(_attend, module, block, sliding_window, kwargs)
+        if block.first is None or not torch.is_grad_enabled():
+            outputs.append(attend(*streams))
+        else:
+            again = {"use_reentrant": False, "preserve_rng_state": False}
+            outputs.append(checkpoint(attend, *streams, **again))
     out_THD = torch.cat(outputs)
     return (out_THD if blocks.back is None else out_THD[blocks.back])[None], None
+
+
+def _attend(
+    module: torch.nn.Module,
+    block: Block,
+    window: int | None,
+    more: dict[str, Any],
+    query_THD: torch.Tensor,
+    key_TGD: torch.Tensor,
+    value_TGD: torch.Tensor,
+) -> torch.Tensor:
+    """[n, H, D]: the outputs of the block's tokens. What a row shares is copied for every row that shares it, so a tree's copies are made again
+    in the backward pass: kept, they would cost the memory that the tree saves."""
+    q_RHQD = query_THD[block.queries].transpose(1, 2)
+    k_RGKD, v_RGKD = (part[block.keys].transpose(1, 2) for part in (key_TGD, value_TGD))
+    out_RQHD, _ = sdpa_attention_forward(module, q_RHQD, k_RGKD, v_RGKD, block.mask(window), **more)
+    made: torch.Tensor = out_RQHD.flatten(0, 1)[block.real]
+    return made
 
 
 AttentionInterface.register(NAME, _attention)

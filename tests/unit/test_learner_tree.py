@@ -13,8 +13,9 @@ from test_learner_packing import gradients, row_by_row, tiny_model, unpacked
 
 from agl_ray.config.models import AlgorithmConfig, LearnerConfig
 from agl_ray.config.trajectory import TrajectoryConfig
+from agl_ray.learner import attention
 from agl_ray.learner.attention import NAME
-from agl_ray.learner.packing import pack_tree, token_logprobs
+from agl_ray.learner.packing import Packed, pack, pack_tree, token_logprobs
 from agl_ray.learner.prepare import lay_out
 from agl_ray.learner.step import Learner
 from agl_ray.trajectory.batch import GroupPlan, Member, TrainBatch
@@ -55,6 +56,43 @@ def test_a_tree_equals_its_rows_one_by_one(tokens: int, window: int | None) -> N
         torch.testing.assert_close(got, want, atol=2e-5, rtol=2e-5)
     held = sum(micro.num_tokens for micro in packs)
     assert held < len(rows.ids) if tokens == 1000 else held <= len(rows.ids)
+
+
+def test_rows_of_a_large_tree_attend_in_several_blocks(monkeypatch: pytest.MonkeyPatch) -> None:
+    model, rows = tiny_model(attn_implementation=NAME), branching_rows()
+    (micro,) = pack_tree(rows, 1000)
+    whole = token_logprobs(model, micro)
+    number = len(attention.blocks_of(micro.lengths, micro.shared, model.device).blocks)
+    monkeypatch.setattr(attention, "MASKED_KEYS", 20)
+    assert len(attention.blocks_of(micro.lengths, micro.shared, model.device).blocks) > number
+    torch.testing.assert_close(token_logprobs(model, micro), whole, atol=5e-6, rtol=0)
+
+
+def kept_bytes(model: Any, micro: Packed) -> int:
+    """What the forward pass keeps for the backward pass."""
+    kept: dict[int, int] = {}
+
+    def keep(tensor: torch.Tensor) -> torch.Tensor:
+        storage = tensor.untyped_storage()
+        kept[storage.data_ptr()] = storage.nbytes()
+        return tensor
+
+    with torch.autograd.graph.saved_tensors_hooks(keep, lambda tensor: tensor):
+        values = token_logprobs(model, micro)
+    assert values.requires_grad
+    return sum(kept.values())
+
+
+def test_a_tree_keeps_as_much_memory_as_one_row_of_its_tokens() -> None:
+    """Whatever it stands for: here 40 rows of 300 tokens in 495 tokens."""
+    rng = np.random.default_rng(0)
+    stem = rng.integers(0, 50, 295)
+    ids = [np.concatenate([stem, [row], rng.integers(0, 50, 4)]) for row in range(40)]
+    (tree,) = pack_tree(Rows.from_lists(ids, [[0.0] * 296 + [1.0] * 4] * 40), 1000)
+    flat = Rows.from_lists([tree.input_ids[0]], [[0.0] * 335 + [1.0] * 160])
+    assert (tree.num_tokens, len(tree.weights)) == (495, 12000)
+    model = tiny_model(attn_implementation=NAME)
+    assert kept_bytes(model, tree) < 1.1 * kept_bytes(model, pack(flat, 1000)[0])
 
 
 def test_a_model_with_another_attention_is_refused() -> None:
