@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import json
 import os
+import re
 import shutil
 import sys
 import textwrap
@@ -18,6 +19,7 @@ from typing import Any
 from agl_ray.ops.numbers import bar, duration
 
 Summary = Mapping[str, Any]
+_CONTROL = re.compile(r"[\x00-\x08\x0e-\x1f\x7f]")
 BAR = 30
 
 
@@ -112,13 +114,18 @@ def _conversation(side: Summary | None, width: int) -> list[str]:
     for message in side.get("messages") or []:
         if message.get("role") == "system":
             continue
-        text = f"{message.get('role', '?')}: {_content(message)}"
+        text = _printable(f"{message.get('role', '?')}: {_content(message)}")
         lines += textwrap.wrap(text, width, subsequent_indent="  ") or [text]
     if side.get("error"):
-        lines += textwrap.wrap(f"error: {side['error']}", width, subsequent_indent="  ")
-    return [line.encode("ascii", "backslashreplace").decode() for line in lines] or [
-        "(no messages)"
-    ]
+        text = _printable(f"error: {side['error']}")
+        lines += textwrap.wrap(text, width, subsequent_indent="  ")
+    return lines or ["(no messages)"]
+
+
+def _printable(text: str) -> str:
+    """ASCII, and no control character but white space, which wrapping takes: a model's words move no cursor and break no line."""
+    ascii_only = text.encode("ascii", "backslashreplace").decode()
+    return _CONTROL.sub(lambda found: f"\\x{ord(found[0]):02x}", ascii_only)
 
 
 def _content(message: Summary) -> str:

@@ -106,6 +106,23 @@ def test_text_is_ascii_fits_and_survives_odd_conversations() -> None:
     assert "f({)" in text
 
 
+def test_a_models_words_move_no_cursor_and_break_no_line() -> None:
+    odd = {
+        "role": "assistant",
+        "content": "a\x1b[2Jb\x1cc\x85d\u2028e\ufffd" * 8,
+        "tool_calls": None,
+    }
+    side = {"messages": [odd], "reward": 0.0, "error": "no\x07bell"}
+    example = {"input": {}, "before": side, "after": side}
+    text = render_summary(make_summary(**FACTS, examples=[example]), width=80)
+    assert text.isascii()
+    assert text.splitlines() == text.removesuffix("\n").split("\n")
+    assert all(character == "\n" or character.isprintable() for character in text)
+    assert r"a\x1b[2Jb\x1cc" in text
+    examples = text[text.index("Example 1") : text.index("Try next")]
+    assert max(map(len, examples.splitlines())) <= 80
+
+
 def test_numbers_for_people() -> None:
     assert [duration(s) for s in (0.04, 9.94, 9.96, 59.4, 59.6, 245, 3599.6, 7380)] == [
         "0.0 s", "9.9 s", "10 s", "59 s", "1 min 00 s", "4 min 05 s", "1 h 00 min", "2 h 03 min",
