@@ -12,7 +12,7 @@ from collections.abc import Sequence
 
 import typer
 
-from agl_ray.cli import bench, check, config, dev, store, train, version
+from agl_ray.cli import bench, check, config, dev, sft, store, train, version
 from agl_ray.types import AglError
 
 app = typer.Typer(
@@ -26,6 +26,7 @@ app = typer.Typer(
 )
 app.command()(train.train)
 app.command()(dev.dev)
+app.command()(sft.sft)
 app.command("config")(config.show)
 app.command()(check.check)
 app.add_typer(bench.app, name="bench")

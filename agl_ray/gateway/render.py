@@ -56,7 +56,7 @@ class Renderer:
     ) -> None:
         self._tokenizer = _load_tokenizer(Path(model_path))
         self._backend = self._tokenizer.backend_tokenizer
-        self.stop_ids = _stop_ids(self._tokenizer, Path(model_path))
+        self.stop_ids = stop_ids(self._tokenizer, Path(model_path))
         self._encoder = Encoder(self._backend, self._turn_marks())
         # An answer's text is asked for twice, as the model wrote it and as the caller sees it; mostly that is the same.
         self._text = functools.lru_cache(maxsize=4)(self._decode)
@@ -294,7 +294,7 @@ def _load_tokenizer(folder: Path) -> Any:
     return tokenizer
 
 
-def _stop_ids(tokenizer: Any, folder: Path) -> frozenset[int]:
+def stop_ids(tokenizer: Any, folder: Path) -> frozenset[int]:
     """Ids that end a turn: the tokenizer's end-of-sequence and those of generation_config.json, as the engine reads them."""
     ids = {tokenizer.eos_token_id} if tokenizer.eos_token_id is not None else set()
     path = folder / "generation_config.json"

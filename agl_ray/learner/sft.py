@@ -1,26 +1,29 @@
-"""Supervised fine-tuning on chat conversations: the warm start of a model before reinforcement learning.
+"""Supervised fine-tuning: the loss of what the model has to say, minimised over epochs of rows.
 
-Rows are {"messages": [...], "tools": [...]} in OpenAI's form ("tools" may be left out). Each is rendered by the tokenizer's own chat
-template and tokenized in the pieces in which inference sees it: a prompt up to the generation prompt, then what the model says up to
-and including its end of turn, then what follows up to the next generation prompt. So the ids are those of the engine, and the
-loss lies on exactly the tokens that the model will have to produce.
+`train_sft` trains a model in memory (the warm start of examples/quickstart/base_model.py); `agl-ray sft` runs a `Tuner` on each rank
+(learner/sft_run.py). Rows come from learner/sft_rows.py (conversations) or learner/sft_store.py (the best rollouts of a run).
 
-Called by examples/quickstart/base_model.py; one process, plain torch. Micro-batches are rows of like length, padded on the right: with
-causal attention nothing sees the padding, so no mask is needed, which on CPU beats packing (1.4x at 50 tokens per row).
-Test it alone: tests/unit/test_learner_sft.py. Legend: B rows, T tokens, S predicted tokens.
+Micro-batches are either packed (learner/packing.py; what a model of learner/model.py or one that is sharded needs), or rows of like length
+padded on the right: with causal attention nothing sees the padding, so no mask is needed, which for a plain model in memory on CPU is the
+faster one (1.4x at 50 tokens per row). Test it alone: tests/unit/test_learner_sft.py. Legend: B rows, T tokens, S predicted tokens.
 """
 
 from __future__ import annotations
 
+import math
 import time
 from collections.abc import Callable, Iterator, Mapping, Sequence
-from dataclasses import dataclass
-from typing import TYPE_CHECKING, Any
+from dataclasses import dataclass, replace
+from pathlib import Path
+from typing import TYPE_CHECKING, Any, Literal
 
 import numpy as np
 
+from agl_ray.learner.layouts import share_rows
+from agl_ray.learner.packing import Packed, pack, token_logprobs
+from agl_ray.learner.sft_rows import tokenize_rows
 from agl_ray.trajectory.ragged import Array, Rows
-from agl_ray.types import InputError
+from agl_ray.types import InputError, RunError
 
 if TYPE_CHECKING:
     import torch
@@ -31,8 +34,9 @@ class SFTConfig:
     """How to train.
 
     steps: optimiser updates (the schedule's length, also where `stop` ends it earlier). lr: peak AdamW learning rate,
-    reached after `warmup_steps` and then falling linearly to `final_lr_share` of it at the last step. batch_rows: conversations
-    per update. tokens_per_microbatch: padded tokens of one forward pass. seed: order of the rows, anew in each epoch.
+    reached after `warmup_steps`; then it falls to `final_lr_share` of it at the last step (schedule linear, cosine) or stays (constant).
+    batch_rows: rows per update. tokens_per_microbatch: tokens of one forward pass, padding included. packed: pack micro-batches rather
+    than pad them. seed: order of the rows, anew in each epoch.
     """
 
     steps: int
@@ -40,10 +44,12 @@ class SFTConfig:
     batch_rows: int = 64
     warmup_steps: int = 20
     final_lr_share: float = 0.1
+    schedule: Literal["linear", "cosine", "constant"] = "linear"
     weight_decay: float = 0.01
     betas: tuple[float, float] = (0.9, 0.95)
     max_grad_norm: float = 1.0
     tokens_per_microbatch: int = 2048
+    packed: bool = False
     seed: int = 0
 
     def __post_init__(self) -> None:
@@ -57,106 +63,41 @@ class SFTConfig:
         """The learning rate of update `step` (from 0) as a share of `lr`."""
         if step < self.warmup_steps:
             return (step + 1) / self.warmup_steps
-        done = (step - self.warmup_steps) / max(1, self.steps - self.warmup_steps)
-        return 1.0 - (1.0 - self.final_lr_share) * min(1.0, done)
+        done = min(1.0, (step - self.warmup_steps) / max(1, self.steps - self.warmup_steps))
+        return 1.0 - (1.0 - self.final_lr_share) * FALLEN[self.schedule](done)
+
+
+FALLEN: Mapping[str, Callable[[float], float]] = {
+    "linear": lambda done: done,
+    "cosine": lambda done: (1.0 - math.cos(math.pi * done)) / 2,
+    "constant": lambda done: 0.0,
+}
+"""How much of its fall a schedule has behind it when a share `done` of the steps after the warm-up is done."""
 
 
 @dataclass(frozen=True, slots=True)
 class SFTStep:
-    """One update: `step` from 1, mean loss per predicted token in nats, gradient norm before clipping, tokens without padding."""
+    """One update: `step` from 1, mean loss per predicted token in nats, gradient norm before clipping, tokens without padding (of all
+    ranks) and how many of them were predicted, learning rate, wall seconds."""
 
     step: int
     loss: float
     grad_norm: float
     num_tokens: int
+    num_predicted: int
+    lr: float
+    seconds: float
 
 
 @dataclass(frozen=True, slots=True)
 class SFTResult:
-    """What was done: updates, mean loss of the last ten, tokens without padding, wall seconds, whether `stop` ended it."""
+    """What was done: updates (those of an earlier sitting included), mean loss of the last ten, tokens without padding, wall seconds, whether `stop` ended it."""
 
     steps: int
     loss: float
     num_tokens: int
     seconds: float
     stopped: bool
-
-
-def tokenize_conversation(
-    tokenizer: Any, row: Mapping[str, Any], name: str = "row"
-) -> tuple[list[int], list[float]]:
-    """Token ids of a conversation up to its last assistant turn, and for each 1.0 where the model has to say it, else 0.0.
-
-    InputError names the row and what is wrong with it: no messages, no assistant turn, a template that rewrites the past.
-    """
-    messages = row.get("messages")
-    if not isinstance(messages, Sequence) or isinstance(messages, str) or not messages:
-        raise InputError(
-            f"{name}: expected `messages`, a list of at least one message, got {messages!r}"
-        )
-    turns = [i for i, message in enumerate(messages) if message.get("role") == "assistant"]
-    if not turns:
-        roles = [message.get("role") for message in messages]
-        raise InputError(
-            f"{name}: expected at least one message with role assistant to learn from, got roles {roles}"
-        )
-    ids: list[int] = []
-    weights: list[float] = []
-    seen = ""
-    for turn in turns:
-        prompt, said = _turn_texts(tokenizer, messages, turn, row.get("tools"), name)
-        if not prompt.startswith(seen):
-            raise InputError(
-                f"{name}: the chat template changes the text before message {turn} (it drops or rewrites earlier turns), so its "
-                "tokens would not be those of inference; split the conversation or change the template"
-            )
-        for text, weight in ((prompt[len(seen) :], 0.0), (said, 1.0)):
-            piece = tokenizer(text, add_special_tokens=False)["input_ids"]
-            ids += piece
-            weights += [weight] * len(piece)
-        seen = prompt + said
-    return ids, weights
-
-
-def _turn_texts(
-    tokenizer: Any, messages: Sequence[Any], turn: int, tools: Any, name: str
-) -> tuple[str, str]:
-    """The rendered prompt of assistant message `turn`, and the text that the model says, end of turn included."""
-
-    def render(upto: int, generation: bool) -> str:
-        text = tokenizer.apply_chat_template(
-            list(messages[:upto]), tools=tools, tokenize=False, add_generation_prompt=generation
-        )
-        return str(text)
-
-    if not tokenizer.chat_template:
-        raise InputError(
-            "tokenizer: expected a chat template (tokenizer.chat_template), got none; use a chat model's tokenizer or set one"
-        )
-    prompt, whole = render(turn, True), render(turn + 1, False)
-    if not whole.startswith(prompt):
-        raise InputError(
-            f"{name}: the chat template renders assistant message {turn} differently from its own generation prompt, so the "
-            "tokens to learn cannot be told from the prompt"
-        )
-    said = whole[len(prompt) :]
-    end = said.rfind(tokenizer.eos_token) if tokenizer.eos_token else -1
-    return prompt, said if end < 0 else said[: end + len(tokenizer.eos_token)]
-
-
-def tokenize_rows(
-    tokenizer: Any, rows: Sequence[Mapping[str, Any]], max_tokens: int | None = None
-) -> Rows:
-    """All conversations as columnar Rows; weight 1.0 on what the model has to say. InputError where one is longer than `max_tokens`."""
-    if not rows:
-        raise InputError("SFT rows: expected at least one conversation, got none")
-    pairs = [tokenize_conversation(tokenizer, row, f"SFT row {i}") for i, row in enumerate(rows)]
-    for i, (ids, _) in enumerate(pairs):
-        if max_tokens is not None and len(ids) > max_tokens:
-            raise InputError(
-                f"SFT row {i}: {len(ids)} tokens, more than the model's {max_tokens} positions; shorten or leave it out"
-            )
-    return Rows.from_lists([ids for ids, _ in pairs], [weights for _, weights in pairs])
 
 
 def batches(num_rows: int, batch_rows: int, seed: int) -> Iterator[Array]:
@@ -206,6 +147,155 @@ def token_losses(model: Any, batch: Padded) -> tuple[torch.Tensor, torch.Tensor]
     return losses, torch.from_numpy(batch.weights).to(device)[row, column]
 
 
+class Tuner:
+    """One rank's model and optimiser; `step` updates are done.
+
+    With `world_size` above 1 the ranks' group (fsdp.join_group) must be joined before, the model is sharded, and every method is a
+    collective: all ranks call it with the same rows. The same model, rows and config give the same weights on the same machine with the same
+    number of threads.
+    """
+
+    def __init__(
+        self,
+        model: Any,
+        config: SFTConfig,
+        *,
+        rank: int = 0,
+        world_size: int = 1,
+        dtype: Literal["float32", "bfloat16"] = "float32",
+    ) -> None:
+        import torch
+
+        from agl_ray.learner import fsdp
+
+        self.model, self.config, self.rank, self.world_size = model, config, rank, world_size
+        self.dtype = getattr(torch, dtype)
+        self.step = 0
+        if world_size > 1:
+            if not config.packed:
+                raise InputError(
+                    f"SFTConfig.packed: expected true with {world_size} ranks, got false"
+                )
+            fsdp.shard(model, self.dtype)
+        self.optimizer = torch.optim.AdamW(
+            model.parameters(),
+            lr=config.lr,
+            betas=config.betas,
+            weight_decay=config.weight_decay,
+            fused=world_size == 1,  # torch has no fused AdamW for sharded parameters on CPU
+        )
+
+    def fit(
+        self,
+        rows: Rows,
+        progress: Callable[[SFTStep], None] | None = None,
+        stop: Callable[[int], bool] | None = None,
+    ) -> SFTResult:
+        """Train from where it stands to the last step. `progress` is called after each update; `stop` with the number of updates done,
+        and ends the training where it returns True. RunError where the loss is no number."""
+        began = time.perf_counter()
+        was_training = self.model.training
+        self.model.train()
+        stream = batches(len(rows), self.config.batch_rows, self.config.seed)
+        for _ in range(self.step):
+            next(stream)
+        recent: list[float] = []
+        num_tokens, stopped = 0, False
+        while self.step < self.config.steps and not stopped:
+            done = self._update(rows.take(next(stream)))
+            recent = [*recent[-9:], done.loss]
+            num_tokens += done.num_tokens
+            if progress is not None:
+                progress(done)
+            stopped = stop is not None and stop(self.step)
+        self.model.train(was_training)
+        mean = float(np.mean(recent)) if recent else math.nan
+        return SFTResult(self.step, mean, num_tokens, time.perf_counter() - began, stopped)
+
+    def _update(self, rows: Rows) -> SFTStep:
+        """One optimiser update on one batch of rows."""
+        from agl_ray.learner import optim
+
+        began = time.perf_counter()
+        total = float(rows.weights.sum())
+        loss = 0.0
+        for summed in self._losses(rows):
+            # FSDP averages gradients over the ranks; the loss is a sum over them.
+            (summed / total * self.world_size).backward()
+            loss += summed.item() / total
+        lr = self.config.lr * self.config.lr_share(self.step)
+        norm = optim.apply_gradients(self.model, self.optimizer, lr, self.config.max_grad_norm)
+        loss = self._over_ranks(loss)
+        self.step += 1
+        if not math.isfinite(loss):
+            raise RunError(
+                f"fine-tuning step {self.step}: the loss is {loss}; take a smaller learning rate, or look at the batch's rows"
+            )
+        seconds = time.perf_counter() - began
+        predicted = int((rows.weights != 0).sum())
+        return SFTStep(
+            self.step, loss, float(norm), int(rows.lengths.sum()), predicted, lr, seconds
+        )
+
+    def loss_of(self, rows: Rows) -> float:
+        """Mean loss per predicted token of `rows` in nats, with nothing trained."""
+        import torch
+
+        was_training = self.model.training
+        self.model.eval()
+        with torch.no_grad():
+            summed = sum(part.item() for part in self._losses(rows))
+        self.model.train(was_training)
+        return self._over_ranks(summed) / float(rows.weights.sum())
+
+    def _losses(self, rows: Rows) -> Iterator[torch.Tensor]:
+        """The summed, weighted losses of this rank's micro-batches, as many on every rank."""
+        import torch
+
+        from agl_ray.learner import fsdp
+
+        if not self.config.packed:
+            for batch in pad(rows, self.config.tokens_per_microbatch):
+                with fsdp.compute_in(self.model, self.dtype):
+                    losses, weights = token_losses(self.model, batch)
+                yield (losses * weights).sum()
+            return
+        for micro in self._packed(rows):
+            with fsdp.compute_in(self.model, self.dtype):
+                logprobs = token_logprobs(self.model, micro)
+            yield -(logprobs * torch.tensor(micro.weights, device=logprobs.device)).sum()
+
+    def _packed(self, rows: Rows) -> list[Packed]:
+        tokens = self.config.tokens_per_microbatch
+        shares = share_rows(rows, np.arange(len(rows)), self.world_size)
+        packed = [pack(rows.take(share), tokens) for share in shares]
+        missing = max(len(micros) for micros in packed) - len(packed[self.rank])
+        first = rows.take(np.array([0])).head(2)
+        # A rank that has fewer micro-batches runs rows that count nothing: FSDP's collectives need every rank.
+        idle = replace(first, weights=np.zeros_like(first.weights))
+        return packed[self.rank] + pack(idle, tokens) * missing
+
+    def _over_ranks(self, value: float) -> float:
+        import torch
+
+        from agl_ray.learner import fsdp
+
+        summed = torch.tensor(value, dtype=torch.float64, device=self.model.device)
+        return float(fsdp.add_over_ranks(summed))
+
+    def save(self, path: Path) -> None:
+        """Write a checkpoint."""
+        from agl_ray.learner import checkpoint
+
+        checkpoint.save(path, self.model, self.optimizer, {"step": self.step})
+
+    def load(self, path: Path) -> None:
+        """Go to the state of a checkpoint."""
+        from agl_ray.learner import checkpoint
+
+        self.step = int(checkpoint.load(path, self.model, self.optimizer)["step"])
+
+
 def train_sft(
     model: Any,
     tokenizer: Any,
@@ -216,61 +306,11 @@ def train_sft(
 ) -> SFTResult:
     """Train `model` (a Hugging Face causal LM) in place on `rows`: conversations, or Rows from `tokenize_rows`.
 
-    The loss of an update is the mean over all assistant tokens of its batch. `progress` is called after each update; `stop`
-    is called with the number of updates done and ends the training where it returns True. A second stage is a second call.
-    The same model, rows and config give the same weights on the same machine with the same number of threads.
+    The loss of an update is the mean over all assistant tokens of its batch. progress, stop: as in `Tuner.fit`. A second stage is a
+    second call.
     """
-    import torch
-
-    began = time.perf_counter()
     if not isinstance(rows, Rows):
         rows = tokenize_rows(
             tokenizer, rows, getattr(model.config, "max_position_embeddings", None)
         )
-    optimizer = torch.optim.AdamW(
-        model.parameters(),
-        lr=config.lr,
-        betas=config.betas,
-        weight_decay=config.weight_decay,
-        fused=True,
-    )
-    was_training = model.training
-    model.train()
-    recent: list[float] = []
-    num_tokens, stopped, step = 0, False, 0
-    for step, picked in enumerate(_first(config, len(rows)), start=1):
-        for group in optimizer.param_groups:
-            group["lr"] = config.lr * config.lr_share(step - 1)
-        done = _update(model, optimizer, rows.take(picked), config, step)
-        recent = [*recent[-9:], done.loss]
-        num_tokens += done.num_tokens
-        if progress is not None:
-            progress(done)
-        if stop is not None and stop(step):
-            stopped = True
-            break
-    model.train(was_training)
-    mean = float(np.mean(recent))
-    return SFTResult(step, mean, num_tokens, time.perf_counter() - began, stopped)
-
-
-def _first(config: SFTConfig, num_rows: int) -> Iterator[Array]:
-    stream = batches(num_rows, config.batch_rows, config.seed)
-    return (next(stream) for _ in range(config.steps))
-
-
-def _update(model: Any, optimizer: Any, rows: Rows, config: SFTConfig, step: int) -> SFTStep:
-    """One optimiser update on one batch of rows."""
-    import torch
-
-    total = float(rows.weights.sum())
-    loss = 0.0
-    for batch in pad(rows, config.tokens_per_microbatch):
-        losses, weights = token_losses(model, batch)
-        part = (losses * weights).sum() / total
-        part.backward()
-        loss += part.item()
-    norm = torch.nn.utils.clip_grad_norm_(model.parameters(), config.max_grad_norm)
-    optimizer.step()
-    optimizer.zero_grad(set_to_none=True)
-    return SFTStep(step, loss, float(norm), int(rows.lengths.sum()))
+    return Tuner(model, config).fit(rows, progress, stop)

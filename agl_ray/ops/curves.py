@@ -1,7 +1,7 @@
 """curves.png: the run at a glance, drawn from metrics.jsonl.
 
 Four panels over the training step: reward and validation; tokens per second; log-probability difference between engine and
-learner; seconds by phase, stacked. Called by the trainer at the end; by hand: `python -m agl_ray.ops.curves RUN_FOLDER`.
+learner; seconds by phase, stacked. Called by the trainer at the end (`draw_losses`: of a fine-tuning, by learner/sft_run.py); by hand: `python -m agl_ray.ops.curves RUN_FOLDER`.
 matplotlib is imported here only, without a screen. Test alone: tests/unit/test_ops_curves.py.
 """
 
@@ -12,7 +12,7 @@ from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
-from agl_ray.ops.metrics import read_metrics, tokens_per_second
+from agl_ray.ops.metrics import VALIDATION_FILE, read_metrics, tokens_per_second
 
 FILE_NAME = "curves.png"
 # Colour-blind safe (Okabe and Ito).
@@ -55,6 +55,33 @@ def draw_curves(folder: Path, validation: Mapping[str, Any] | None = None) -> Pa
     for panel in panels[1]:
         panel.set_xlabel("training step")
     figure.suptitle(Path(folder).resolve().name, fontsize=11, color=GREY)
+    path = Path(folder) / FILE_NAME
+    figure.savefig(path, dpi=110)
+    pyplot.close(figure)
+    return path
+
+
+def draw_losses(folder: Path) -> Path | None:
+    """Draw `folder/curves.png` of a fine-tuning: the loss of each update and on held-out rows; None when there are no metrics yet."""
+    rows = read_metrics(folder)
+    if not rows:
+        return None
+    import matplotlib
+
+    matplotlib.use("Agg")
+    from matplotlib import pyplot
+
+    figure, panel = pyplot.subplots(figsize=(8, 4.5), layout="constrained")
+    panel.plot(*_column(rows, "loss"), color=BLUE, linewidth=1.2, label="training batch")
+    held_out = read_metrics(folder, VALIDATION_FILE)
+    if held_out:
+        panel.plot(
+            *_column(held_out, "loss"), color=RED, marker="o", linestyle="--", label="held-out rows"
+        )
+    panel.set(xlabel="update", title="loss per token that the model has to say, nats")
+    panel.spines[["top", "right"]].set_visible(False)
+    panel.grid(alpha=0.25, linewidth=0.6)
+    panel.legend(frameon=False)
     path = Path(folder) / FILE_NAME
     figure.savefig(path, dpi=110)
     pyplot.close(figure)

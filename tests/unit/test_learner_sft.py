@@ -14,10 +14,9 @@ from agl_ray.learner.sft import (
     batches,
     pad,
     token_losses,
-    tokenize_conversation,
-    tokenize_rows,
     train_sft,
 )
+from agl_ray.learner.sft_rows import tokenize_rows
 from agl_ray.types import InputError
 
 torch = pytest.importorskip("torch")
@@ -73,62 +72,9 @@ def row(*contents: str) -> dict[str, Any]:
 ROWS = [row("ab", "cd"), row("a", "b", "cc", "dddd"), row("hello", "you"), row("x", "y" * 30)]
 
 
-def test_ids_and_mask_are_those_of_inference() -> None:
-    tokenizer = make_tokenizer()
-    ids, weights = tokenize_conversation(tokenizer, row("ab", "cd", "e", "fg"))
-    assert tokenizer.decode(ids) == (
-        "<s>user:ab<e>\n<s>assistant:cd<e>\n<s>user:e<e>\n<s>assistant:fg<e>"
-    )
-    said = [i for i, weight in zip(ids, weights, strict=True) if weight]
-    assert tokenizer.decode(said) == "cd<e>fg<e>"  # end of turn included, the newline after it not
-    prompt = tokenizer.apply_chat_template(
-        row("ab")["messages"], tokenize=False, add_generation_prompt=True
-    )
-    prompt_ids = tokenizer(prompt, add_special_tokens=False)["input_ids"]
-    assert ids[: len(prompt_ids)] == prompt_ids
-    assert not any(weights[: len(prompt_ids)])
-
-
-def test_what_follows_the_last_assistant_turn_is_left_out() -> None:
-    tokenizer = make_tokenizer()
-    ids, _ = tokenize_conversation(tokenizer, row("ab", "cd", "ignored"))
-    assert tokenizer.decode(ids) == "<s>user:ab<e>\n<s>assistant:cd<e>"
-
-
-@pytest.mark.parametrize(
-    ("conversation", "message"),
-    [
-        ({}, "SFT row 1: expected `messages`"),
-        ({"messages": []}, "SFT row 1: expected `messages`"),
-        ({"messages": "hi"}, "SFT row 1: expected `messages`"),
-        (row("only a question"), "at least one message with role assistant"),
-    ],
-)
-def test_bad_rows_are_named(conversation: dict[str, Any], message: str) -> None:
-    with pytest.raises(InputError, match=message):
-        tokenize_rows(make_tokenizer(), [ROWS[0], conversation])
-
-
-def test_bad_inputs_are_named() -> None:
-    with pytest.raises(InputError, match="at least one conversation"):
-        tokenize_rows(make_tokenizer(), [])
-    with pytest.raises(InputError, match="chat template"):
-        tokenize_rows(make_tokenizer(template=None), ROWS)
-    with pytest.raises(InputError, match="row 3: 51 tokens, more than the model's 50"):
-        tokenize_rows(make_tokenizer(), ROWS, max_tokens=50)
+def test_bad_configurations_are_named() -> None:
     with pytest.raises(InputError, match=r"SFTConfig\.lr: expected more than 0"):
         SFTConfig(steps=1, lr=0.0)
-
-
-def test_a_template_that_rewrites_the_past_is_refused() -> None:
-    forgetful = TEMPLATE.replace(
-        "m.content }}", "m.content if m.role == 'user' or loop.last else '' }}"
-    )
-    with pytest.raises(InputError, match="changes the text before message 3"):
-        tokenize_rows(make_tokenizer(forgetful), [ROWS[1]])
-    other_prompt = TEMPLATE.replace("<s>assistant:{%- endif", "<s>assistant: think{%- endif")
-    with pytest.raises(InputError, match="differently from its own generation prompt"):
-        tokenize_rows(make_tokenizer(other_prompt), [ROWS[0]])
 
 
 def test_batches_cover_every_row_each_epoch() -> None:
