@@ -226,6 +226,23 @@ def test_a_checkpoint_holds_adapters_only_and_is_resumed_exactly(tmp_path: Path)
         assert torch.equal(left, right)
 
 
+def test_a_critic_beside_adapters_is_trained_whole_and_saved_with_them(
+    folder: Path, tmp_path: Path
+) -> None:
+    ppo = AlgorithmConfig.model_validate({"name": "ppo"})
+    config = LearnerConfig(lr=2e-2, lora=LoraConfig(rank=4), warmup_steps=2)
+    learner = Learner(ppo, config, folder)
+    train(learner, 1, 2)
+    learner.save(tmp_path / "step-2")
+    resumed = Learner(ppo, config, folder, seed=7)
+    resumed.load(tmp_path / "step-2")
+    left, right = train(learner, 3, 3)[0], train(resumed, 3, 3)[0]
+    for name in ("loss", "value_loss", "grad_norm", "critic_grad_norm"):
+        assert left[name] == right[name] != 0
+    assert learner.critic is not None
+    assert all(p.requires_grad for p in learner.critic.model.parameters())
+
+
 @pytest.mark.parametrize(
     ("settings", "said"),
     [
