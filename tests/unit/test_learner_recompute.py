@@ -48,6 +48,25 @@ def test_gradients_are_equal(tmp_path: Path, kind: dict[str, bool], dtype: str) 
         torch.testing.assert_close(recomputed[name], grad, atol=1e-7, rtol=0)
 
 
+def test_gradients_of_adapters_are_equal_and_the_base_has_none(tmp_path: Path) -> None:
+    folder = model_folder(tmp_path)
+    seen = []
+    for switched_on in (False, True):
+        settings = {"gradient_checkpointing": switched_on, "lora": {"rank": 4}}
+        learner, payload = learner_and_payload(folder, **settings)
+        learner.optimizer.zero_grad = lambda set_to_none=True: None  # type: ignore[method-assign]
+        learner.train(payload)
+        seen.append({name: p.grad for name, p in learner.model.named_parameters()})
+    plain, recomputed = seen
+    assert {name for name, grad in plain.items() if grad is not None} == {
+        name for name, grad in recomputed.items() if grad is not None
+    }
+    for name, grad in plain.items():
+        if grad is not None:
+            torch.testing.assert_close(recomputed[name], grad, atol=1e-7, rtol=0)
+    assert any(grad is not None and grad.abs().max() > 0 for grad in plain.values())
+
+
 def kept_bytes(learner: Learner, payload: Payload) -> int:
     """Bytes that the forward pass of one micro-batch keeps for the backward pass, parameters apart."""
     own = {p.data_ptr() for p in learner.model.parameters()}
