@@ -181,6 +181,9 @@ def test_a_narrow_screen_has_the_columns_that_fit() -> None:
     assert all(len(aligned(step, 80)) <= 80 for step in steps if step.step != 9)
     assert len(header(80)) <= 80
     assert "dlogp" in header(100)
+    referred = StepDone(1, 2, {**steps[8].metrics, "kl_reference": 0.0123})
+    assert ", kl ref 1e-02, " in named(referred)  # a log has room for it, a screen has not
+    assert "kl ref" not in header(200)
     for width in (80, 120):
         assert aligned(steps[8], width).endswith("  timeout 2")
         assert header(width).index("failures") == aligned(steps[8], width).index("timeout 2")
