@@ -2,7 +2,8 @@
 
 The agent has ten turns. Its model thinks before it answers, and its chat template leaves old thoughts out of the history, so that every turn
 begins a row of its own; now and then it asks a side question. The rollouts of a group have their first prompt in common.
-A step is what rank 0 does with the spans: rows, packing, forward, backward, optimiser. Both sides must come to the same gradient norm.
+The model is the one of bench/learner.py. A step is what rank 0 does with the spans: rows, packing, forward, backward, optimiser. Both
+sides must come to the same gradient norm.
 Called by bench/trajectory.py; alone: `agl-ray bench trajectory --quick`.
 """
 
@@ -16,6 +17,7 @@ from typing import Any, NamedTuple
 import numpy as np
 import pyarrow as pa
 
+from agl_ray.bench.learner import VOCABULARY, make_model
 from agl_ray.config.algorithm import AlgorithmConfig
 from agl_ray.config.models import LearnerConfig
 from agl_ray.config.trajectory import TrajectoryConfig
@@ -24,7 +26,6 @@ from agl_ray.trajectory.batch import GroupPlan, Member, TrainBatch
 from agl_ray.types import InputError, RunError
 
 Numbers = dict[str, Any]
-VOCABULARY = 2048
 SAME = ("grad_norm", "tokens_trained", "tokens_of_batch")
 
 
@@ -43,7 +44,7 @@ class Agent(NamedTuple):
     groups: int = 2
 
 
-QUICK = Agent(first=40, asked=12, thoughts=8, answer=6, side=8)
+QUICK = Agent(first=40, asked=12, thoughts=8, answer=6, side=8, groups=1)
 
 KEYS = {
     "tree_tokens_ratio": "tokens run forward of a step, merge-prefix / tree",
@@ -69,8 +70,8 @@ def measure(quick: bool = False) -> Numbers:
     torch.set_num_threads(1)
     try:
         with TemporaryDirectory() as folder:
-            _save_model(Path(folder))
-            return _compare(Path(folder), QUICK if quick else Agent(), repeat=1 if quick else 4)
+            make_model(Path(folder))
+            return _compare(Path(folder), QUICK if quick else Agent(), repeat=1 if quick else 2)
     finally:
         torch.set_num_threads(threads)
 
@@ -123,30 +124,6 @@ class _Side:
         metrics = self.learner.train(payload)
         self.seconds.append(time.process_time() - begin)
         return metrics
-
-
-def _save_model(folder: Path) -> None:
-    """A random Qwen3 of 2 layers with a word tokenizer, as save_pretrained writes them."""
-    import torch
-    from tokenizers import Tokenizer, models
-    from transformers import Qwen3Config, Qwen3ForCausalLM
-    from transformers.utils import logging
-
-    logging.disable_progress_bar()
-    torch.manual_seed(0)
-    config = Qwen3Config(
-        vocab_size=VOCABULARY,
-        hidden_size=128,
-        intermediate_size=384,
-        num_hidden_layers=2,
-        num_attention_heads=4,
-        num_key_value_heads=2,
-        head_dim=32,
-        tie_word_embeddings=True,
-    )
-    Qwen3ForCausalLM(config).save_pretrained(folder)
-    words = models.WordLevel({f"w{i}": i for i in range(VOCABULARY)}, unk_token="w0")
-    Tokenizer(words).save(str(folder / "tokenizer.json"))
 
 
 def made_up(agent: Agent) -> tuple[pa.Table, TrainBatch]:

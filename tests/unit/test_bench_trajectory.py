@@ -76,7 +76,7 @@ def test_a_tree_runs_fewer_tokens_forward_for_the_same_step() -> None:
     rows = numbers["tree_rows_tokens"]
     assert numbers["tree_tokens_ratio"] == pytest.approx(rows / numbers["tree_tokens"])
     assert numbers["tree_tokens_ratio"] > 2
-    assert numbers["tree_trained_tokens"] == 4 * (10 * (8 + 6) + 3 * 8)
+    assert numbers["tree_trained_tokens"] == 2 * (10 * (8 + 6) + 3 * 8)
 
 
 def test_sides_that_do_other_work_are_no_comparison(monkeypatch: pytest.MonkeyPatch) -> None:
