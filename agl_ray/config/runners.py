@@ -108,7 +108,7 @@ def _check_runtime_env(given: dict[str, Any]) -> None:
             if "://" not in str(one):
                 raise ValueError(
                     f"runners.runtime_env: {name}: expected the URI of an archive (https://.../agent.zip, s3://..., gs://...), got {one!r}: Ray takes "
-                    "folders of a whole job only (agl-ray submit, ray job submit --working-dir)"
+                    "folders of a whole job only (ray job submit --working-dir)"
                 )
     try:
         RuntimeEnv(**given)

@@ -38,6 +38,8 @@ def _walk(
         field = model.model_fields[key]
         model = section_of(field.annotation)
         if get_origin(field.annotation) is dict:
+            if model is None:  # of plain values: all that is under it is the person's
+                return field, None
             model, named = None, model
     return field, model
 

@@ -2,13 +2,16 @@
 
 from __future__ import annotations
 
+from pathlib import Path
 from typing import Any
 
 import pytest
 from pydantic import ValidationError
 
 from actors.runner import runner_options
+from agl_ray.config.load import load_config
 from agl_ray.config.runners import RunnersConfig
+from agl_ray.types.errors import ConfigError
 
 
 def test_a_pool_is_fixed_unless_it_is_given_room() -> None:
@@ -59,3 +62,18 @@ def test_a_runner_gets_what_was_asked_for() -> None:
     }
     bare = runner_options("w", RunnersConfig())
     assert bare["runtime_env"] == {"env_vars": {"OMP_NUM_THREADS": "1"}}
+
+
+def test_overrides_reach_into_them(tmp_path: Path) -> None:
+    file = tmp_path / "run.yaml"
+    file.write_text("model: {path: m}\nrunners: {resources: {sandbox: 1}}\n")
+    changes = ["runners.resources.disk=2", "runners.runtime_env.env_vars.A=b"]
+    runners = load_config(file, changes).runners
+    assert runners.resources == {"sandbox": 1.0, "disk": 2.0}
+    assert runners.runtime_env == {"env_vars": {"A": "b"}}
+    with pytest.raises(
+        ConfigError, match=r"runners\.resources\.disk: expected more than 0, got -2"
+    ):
+        load_config(file, ["runners.resources.disk=-2"])
+    with pytest.raises(ConfigError, match="unknown key runners"):
+        load_config(file, ["runners.resource.disk=2"])
