@@ -13,7 +13,8 @@
 
 The journal of a step is written before it is trained (`step/<k>`: which attempts, which rewards), so whatever dies, the weights of version
 k can be made again from the last checkpoint and the stored attempts: a dead learner rank, a dead controller and `--resume` all take
-that one road (`actors.learner_keeper`).
+that one road (`actors.learner_keeper`). With it goes the place in the rows: those of batches that are not journalled yet
+are handed out again. The feeder is `actors.batch_feeder`.
 """
 
 from __future__ import annotations
