@@ -7,6 +7,7 @@ from typing import Annotated, Literal
 from pydantic import Field, model_validator
 
 from agl_ray.config.section import Section
+from agl_ray.config.store_address import masked
 
 WriterName = Literal["tensorboard", "wandb", "mlflow"]
 Name = Annotated[str, Field(min_length=1)]
@@ -33,6 +34,16 @@ class MlflowConfig(Section):
     """`http://host:port`, `sqlite:///path`, `file:///path`, ... None = MLFLOW_TRACKING_URI, else `sqlite:///RUNS_DIR/mlflow.db`."""
     experiment: Name = "agl-ray"
     """Experiment in which the run appears, under the run folder's name; made where it is not there."""
+
+    @model_validator(mode="after")
+    def _no_password(self) -> MlflowConfig:
+        """It would stand in config.json."""
+        if self.tracking_uri is not None and masked(self.tracking_uri) != self.tracking_uri:
+            raise ValueError(
+                f"logging.mlflow.tracking_uri: expected no password in it, got {masked(self.tracking_uri)}; give it in the driver's "
+                "environment: MLFLOW_TRACKING_USERNAME and MLFLOW_TRACKING_PASSWORD, or the whole URI as MLFLOW_TRACKING_URI"
+            )
+        return self
 
 
 class LoggingConfig(Section):

@@ -260,6 +260,10 @@ def test_wandb_needs_a_key_unless_it_is_offline(
 def test_settings_of_a_writer_that_is_not_chosen_are_refused() -> None:
     with pytest.raises(ValueError, match=r"logging\.mlflow acts only with mlflow"):
         LoggingConfig(mlflow=MlflowConfig(experiment="mine"))
+    with pytest.raises(
+        ValueError, match=r"no password in it, got http://me:\*\*\*@host:5000; give it"
+    ):
+        MlflowConfig(tracking_uri="http://me:secret@host:5000")
     with pytest.raises(ValueError, match="each at most once"):
         LoggingConfig(writers=["wandb", "wandb"])
 
