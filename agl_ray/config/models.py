@@ -160,7 +160,7 @@ class LearnerConfig(Section):
     gradient_checkpointing: bool = False
     """Keep only the inputs of the layers and compute the rest again in the backward pass: less memory per token, about a third more time."""
     lora: LoraConfig | None = None
-    """Train low-rank adapters and leave the model's own weights as they are; `{}` turns it on. It wants about ten times the `lr`. The engines
+    """Train low-rank adapters and leave the model's own weights as they are; `{}` turns it on. It wants five to ten times the `lr`. The engines
     and the export get the weights with the adapters merged in. A critic is trained whole. None = train all weights."""
     critic: CriticConfig = CriticConfig()
     """The critic of `algorithm.advantage: gae` (PPO): a second model of the policy's size in the same ranks."""
