@@ -10,13 +10,13 @@ from typing import Annotated
 
 from pydantic import Field
 
-from agl_ray.config.section import Positive, PositiveFloat, Section
+from agl_ray.config.section import Positive, Section
 
 
 class LoraConfig(Section):
     rank: Positive = 16
     """Inner size r of an adapter: a layer of [out, in] gets A [r, in] and B [out, r], and acts as W + scale * B A."""
-    alpha: PositiveFloat = 32.0
+    alpha: Positive = 32
     """The scale is alpha / rank (alpha / sqrt(rank) with `rank_stabilized`)."""
     rank_stabilized: bool = False
     """Scale by alpha / sqrt(rank) (arXiv 2312.03732), so that large ranks learn as fast as small ones."""

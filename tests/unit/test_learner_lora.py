@@ -157,7 +157,7 @@ def test_rank_alpha_and_their_scale_act(folder: Path) -> None:
     layers = "model.layers.0.self_attn.q_proj"
     scales = {}
     for stabilized in (False, True):
-        layer = make(folder, rank=4, alpha=8.0, rank_stabilized=stabilized).model.get_submodule(
+        layer = make(folder, rank=4, alpha=8, rank_stabilized=stabilized).model.get_submodule(
             layers
         )
         assert layer.lora_A.default.weight.shape == (4, 32)
@@ -247,7 +247,7 @@ def test_a_critic_beside_adapters_is_trained_whole_and_saved_with_them(
     ("settings", "said"),
     [
         ({"rank": 8}, "learner.lora.rank 8, got 4"),
-        ({"alpha": 4.0}, "learner.lora.alpha 4.0, got 32.0"),
+        ({"alpha": 4}, "learner.lora.alpha 4, got 32"),
         ({"rank_stabilized": True}, "learner.lora.rank_stabilized True, got False"),
         (
             {"target_modules": ["q_proj"]},
