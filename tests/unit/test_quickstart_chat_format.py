@@ -17,7 +17,7 @@ from agent import SYSTEM_PROMPT, TOOLS
 from chat_format import MARKUP, make_tokenizer
 from lessons import called, correct, habit_rows, skill_rows
 
-from agl_ray.learner.sft import tokenize_conversation
+from agl_ray.learner.sft_rows import tokenize_conversation
 
 tokenizer = functools.cache(make_tokenizer)
 CALL = '<tool_call>\n{"name": "calculator", "arguments": {"expression": "47+385"}}\n</tool_call>'
@@ -61,8 +61,10 @@ def test_no_tools_no_system_and_two_tool_results() -> None:
 
 def test_conversations_are_short() -> None:
     rows = [tokenize_conversation(tokenizer(), row) for row in skill_rows(0, 200)]
-    lengths = [len(ids) for ids, _ in rows]
-    prompts = [weights.index(1.0) for _, weights in rows]
+    parts = [part for row in rows for part in row]
+    assert len(parts) == len(rows)  # the template rewrites no earlier turn
+    lengths = [len(part.ids) for part in parts]
+    prompts = [part.weights.index(1.0) for part in parts]
     assert len(tokenizer()) < 500
     assert sum(prompts) / len(prompts) < 18
     assert sum(lengths) / len(lengths) < 50
