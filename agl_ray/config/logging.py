@@ -31,7 +31,8 @@ class MlflowConfig(Section):
     """MLflow tracking; needs the extra `mlflow`."""
 
     tracking_uri: Name | None = None
-    """`http://host:port`, `sqlite:///path`, `file:///path`, ... None = MLFLOW_TRACKING_URI, else `sqlite:///RUNS_DIR/mlflow.db`."""
+    """`http://host:port`, `sqlite:///path`, ... (MLflow 3 takes `file:///path` only with MLFLOW_ALLOW_FILE_STORE=true). None =
+    MLFLOW_TRACKING_URI, else `sqlite:///RUNS_DIR/mlflow.db`."""
     experiment: Name = "agl-ray"
     """Experiment in which the run appears, under the run folder's name; made where it is not there."""
 
