@@ -20,7 +20,7 @@ from agl_ray.store.journals import mongo_groups
 from agl_ray.store.journals.base import EventRow, Live, Query, Row, SpanRow
 from agl_ray.store.journals.mongo import MongoJournal
 from agl_ray.store.journals.mongo_documents import CHUNK_BYTES
-from agl_ray.store.journals.mongo_trouble import FAILURES
+from agl_ray.store.journals.mongo_trouble import FAILURES, of_driver
 from agl_ray.types import StoreError
 
 pytestmark = pytest.mark.slow
@@ -100,7 +100,7 @@ def hasty(journal: MongoJournal) -> MongoJournal:
 
     async def persist(doing: str, work: Callable[[], Any], *, seconds: float = 20.0) -> Any:
         try:
-            return await waits.wait(work(), on=doing, seconds=20)
+            return await waits.wait(of_driver(work()), on=doing, seconds=20)
         except FAILURES as error:
             raise StoreError(f"{doing}: {error}") from error
 

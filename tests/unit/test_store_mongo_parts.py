@@ -185,7 +185,7 @@ def test_errors_say_where_what_and_what_to_do() -> None:
 
 def test_what_passes_is_tried_again_and_what_does_not_is_not() -> None:
     async def test() -> None:
-        tries = {"left": 2, "final": 0}
+        tries = {"left": 2, "lock": 1, "final": 0}
 
         async def passing() -> str:
             tries["left"] -= 1
@@ -193,11 +193,23 @@ def test_what_passes_is_tried_again_and_what_does_not_is_not() -> None:
                 raise AutoReconnect("connection closed")
             return "done"
 
+        async def lockless() -> str:
+            tries["lock"] -= 1
+            if tries["lock"] >= 0:
+                raise RuntimeError("cannot wait on un-acquired lock")
+            return "done"
+
+        async def mistaken() -> None:
+            raise RuntimeError("a mistake of ours")
+
         async def final() -> None:
             tries["final"] += 1
             raise OperationFailure("bad", 2)
 
         assert await server(5).persist("write", passing) == "done"
+        assert await server(5).persist("write", lockless) == "done"
+        with pytest.raises(RuntimeError, match="of ours"):
+            await server(5).persist("write", mistaken)
         with pytest.raises(StoreError):
             await server(5).persist("write", final)
         assert tries["final"] == 1

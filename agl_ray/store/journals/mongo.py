@@ -53,7 +53,7 @@ from agl_ray.store.journals.mongo_gate import Gate
 from agl_ray.store.journals.mongo_groups import Group, Groups
 from agl_ray.store.journals.mongo_live import read_live
 from agl_ray.store.journals.mongo_owner import LEASE_SECONDS, Ownership
-from agl_ray.store.journals.mongo_trouble import FAILURES, Server
+from agl_ray.store.journals.mongo_trouble import FAILURES, Server, of_driver
 from agl_ray.store.journals.settings import PoolSettings
 from agl_ray.types import StoreError
 
@@ -133,7 +133,7 @@ class MongoJournal:
         ):  # the first may wait for a dead server to end its sessions; the second has none
             try:
                 on = f"{self._server.name} to close its connections"
-                await waits.wait(client.close(), on=on, seconds=CLOSE_SECONDS)
+                await waits.wait(of_driver(client.close()), on=on, seconds=CLOSE_SECONDS)
             except (*FAILURES, TimeoutError) as error:  # nothing is lost: all writes were answered
                 log.warning("%s: cannot close its connections: %s", self._server.name, error)
             else:

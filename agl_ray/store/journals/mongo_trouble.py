@@ -16,6 +16,7 @@ from urllib.parse import parse_qsl, urlsplit
 from bson.errors import BSONError
 from pymongo import AsyncMongoClient
 from pymongo.errors import (
+    AutoReconnect,
     ConfigurationError,
     ConnectionFailure,
     OperationFailure,
@@ -105,7 +106,8 @@ class Server:
         while True:
             try:
                 left = max(give_up - clock(), 0.01)
-                result = await waits.wait(work(), on=f"{self.name} to {doing}", seconds=left)
+                on = f"{self.name} to {doing}"
+                result = await waits.wait(of_driver(work()), on=on, seconds=left)
             except WaitTimeout as error:
                 if last is not None:
                     raise self.explained(doing, last) from error
@@ -131,6 +133,20 @@ class Server:
         return StoreError(
             f"{self.name}: cannot {doing}: {text} ({[*advice, 'check the server and its log'][0]})"
         )
+
+
+async def of_driver(work: Awaitable[T]) -> T:
+    """The result of `work`, an error of the driver's under its right name.
+
+    pymongo 4.20 under Python 3.11, whose server dies while it looks for one, now and then finds its own lock released and raises a plain
+    RuntimeError, where it should say that there is no server.
+    """
+    try:
+        return await work
+    except RuntimeError as error:
+        if "un-acquired lock" not in str(error):
+            raise
+        raise AutoReconnect(f"no server was found: {error}") from error
 
 
 def _passes(error: BaseException) -> bool:
