@@ -149,7 +149,8 @@ class RunnerPool:
                 await handle.idle.remote(runners.idle_seconds)
                 if self._staying > runners.fewest:
                     self._give_up(worker_id)
-                    await handle.drain.remote()
+                    on = f"{worker_id} to hear that it may leave"
+                    await wait(handle.drain.remote(), on=on, seconds=runners.start_seconds)
                     return
             except ray.exceptions.RayActorError:
                 return  # its place hears of it, too

@@ -12,8 +12,6 @@ from test_learner_sft_store import record
 from agl_ray.cli.app import main
 from tests.integration.tiny_model import make
 
-pytest.importorskip("torch")
-
 
 @pytest.fixture(scope="module")
 def model(tmp_path_factory: pytest.TempPathFactory) -> Path:

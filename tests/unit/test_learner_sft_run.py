@@ -9,6 +9,7 @@ from typing import Any
 
 import numpy as np
 import pytest
+import torch
 
 from agl_ray.config.logging import LoggingConfig
 from agl_ray.learner import sft_run
@@ -18,8 +19,6 @@ from agl_ray.ops.metrics import VALIDATION_FILE, read_metrics
 from agl_ray.trajectory.ragged import Rows
 from agl_ray.types import InputError, RunError
 from tests.integration.tiny_model import make
-
-torch = pytest.importorskip("torch")
 
 CONFIG = SFTConfig(
     steps=6, lr=3e-3, batch_rows=4, warmup_steps=1, schedule="cosine", packed=True,

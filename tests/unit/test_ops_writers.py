@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import threading
 import time
 from collections.abc import Mapping
 from pathlib import Path
@@ -142,18 +143,19 @@ def test_rows_that_never_arrive_are_told_of_at_the_end(tmp_path: Path) -> None:
 
 
 def test_a_writer_that_hangs_does_not_hold_the_run(tmp_path: Path) -> None:
+    over = threading.Event()
+
     class Hanging(Memory):
         def write(self, step: int, values: Mapping[str, float]) -> None:
-            time.sleep(3)
+            over.wait()
 
     said: list[str] = []
     board = MetricsBoard(tmp_path, [Hanging()], said.append)
     board.begin(0)
-    began = time.monotonic()
     board.write({"step": 1})
-    board.close(True, 0.2)
-    assert time.monotonic() - began < 2
+    board.close(True, 0.2)  # returns, or this test never ends
     assert "misses 1 rows" in said[0]
+    over.set()
 
 
 def scalars(folder: Path) -> dict[str, list[tuple[int, float]]]:
@@ -177,7 +179,6 @@ def tensorboard_board(folder: Path, said: list[str]) -> MetricsBoard:
 def test_tensorboard_reads_what_was_written_and_a_resumed_run_shows_no_point_twice(
     tmp_path: Path,
 ) -> None:
-    pytest.importorskip("tensorboard")
     said: list[str] = []
     for sitting in ((0, [1, 2]), (1, [2, 3])):  # step 2 was not committed before the first ended
         board = tensorboard_board(tmp_path, said)
@@ -195,7 +196,6 @@ def test_tensorboard_reads_what_was_written_and_a_resumed_run_shows_no_point_twi
 
 
 def test_tensorboard_keeps_the_configuration_as_hyperparameters(tmp_path: Path) -> None:
-    pytest.importorskip("tensorboard")
     from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
     from tensorboard.plugins.hparams import plugin_data_pb2
 
@@ -212,7 +212,6 @@ def test_tensorboard_keeps_the_configuration_as_hyperparameters(tmp_path: Path) 
 
 
 def test_tensorboard_on_a_full_disk_is_made_up(tmp_path: Path) -> None:
-    pytest.importorskip("tensorboard")
     said: list[str] = []
     (tmp_path / "tensorboard").write_text("in the way")
     board = tensorboard_board(tmp_path, said)

@@ -128,9 +128,8 @@ class MongoJournal:
         self._client = None
         if client is None:
             return
-        for _ in range(
-            2
-        ):  # the first may wait for a dead server to end its sessions; the second has none
+        # The first try may wait for a dead server to end its sessions; the second has none to end.
+        for _ in range(2):
             try:
                 on = f"{self._server.name} to close its connections"
                 await waits.wait(of_driver(client.close()), on=on, seconds=CLOSE_SECONDS)
