@@ -6,6 +6,7 @@ learner/prepare.py calls `advantages_of` and `scales` on the whole batch (numpy)
 
 from __future__ import annotations
 
+from dataclasses import replace
 from pathlib import Path
 from typing import TYPE_CHECKING
 
@@ -146,8 +147,15 @@ class Algorithm:
             )
         return chosen
 
+    def seen(self, inputs: LossInputs) -> LossInputs:
+        """The streams as the policy loss sees them: `old_logprobs` is what its ratio is taken against (`algorithm.proximal`)."""
+        if self.config.proximal == "learner":
+            return inputs
+        return replace(inputs, old_logprobs=inputs.engine_logprobs)
+
     def loss(self, inputs: LossInputs) -> LossOutputs:
         """The micro-batch's share of the loss. sums: corrected_fraction, the marks of the policy loss, entropy_full where it is needed."""
+        inputs = self.seen(inputs)
         weight, cut = correction(inputs, self.config)
         gain, marks = self._gain(inputs, self.config)
         counted = inputs.weights

@@ -22,6 +22,8 @@ Aggregation = Literal[
     "seq-mean-token-sum-norm",
 ]
 
+Correction = Literal["none", "importance", "tis", "icepop", "seq-tis", "seq-mask", "geometric-mask"]
+
 PRESETS: dict[str, dict[str, Any]] = {
     "grpo": {},
     "dr_grpo": {"clip_high": 0.2, "aggregation": "seq-mean-token-sum-norm"},
@@ -31,6 +33,7 @@ PRESETS: dict[str, dict[str, Any]] = {
     "reinforce_pp_baseline": {"advantage": "group", "normalize": "batch", "clip_high": 0.2},
     "lite_ppo": {"advantage": "group", "normalize": "batch"},
     "opo": {"advantage": "opo"},
+    "decoupled_ppo": {"correction": "importance", "clip_high": 0.2},
     "ppo": {"advantage": "gae", "normalize": "batch", "clip_high": 0.2},
     "maxrl": {"advantage": "maxrl"},
     "gspo": {
@@ -59,7 +62,7 @@ PRESETS: dict[str, dict[str, Any]] = {
 
 class AlgorithmConfig(Section):
     name: str = "grpo"
-    """A preset: grpo, dr_grpo, dapo, rloo, reinforce_pp, reinforce_pp_baseline, lite_ppo, opo, ppo, maxrl, gspo, gmpo, cispo, sapo, clip_cov, kl_cov, dppo, topr."""
+    """A preset: grpo, dr_grpo, dapo, rloo, reinforce_pp, reinforce_pp_baseline, lite_ppo, opo, decoupled_ppo, ppo, maxrl, gspo, gmpo, cispo, sapo, clip_cov, kl_cov, dppo, topr."""
     imports: list[str] = []
     """Files (`path/file.py`) or modules that register functions with `@agl.advantage` and `@agl.policy_loss`, to be named below."""
     advantage: str = "group"
@@ -122,9 +125,13 @@ class AlgorithmConfig(Section):
     entropy_coefficient: Annotated[float, Field(ge=0)] = 0.0
     """Bonus: times the mean entropy of the whole distributions (not only of the sampled tokens), weighted as the tokens of the loss are; about
     1e-3 where it is used. Above 0 rows without advantage are trained too, and the metric entropy_full is there."""
-    correction: Literal["none", "tis", "icepop", "seq-tis", "seq-mask", "geometric-mask"] = "icepop"
-    """Weight for the learner/engine mismatch k = pi_old / mu: tis min(k, tis_cap); icepop k inside the band, else 0; the same over the
-    product of a sequence (seq-tis, seq-mask); geometric-mask keeps a sequence whose mean of log k is within `geometric_band`."""
+    proximal: Literal["learner", "engine"] = "learner"
+    """What the ratio of the policy loss is taken against. learner: pi_old, the learner's own log-probabilities at the start of the batch, with mu, the
+    engine's, in the weight of `correction` (decoupled PPO, 2505.24298); engine: mu itself (PPO as it was before), with `correction: none`."""
+    correction: Correction = "icepop"
+    """Weight for the learner/engine mismatch k = pi_old / mu: importance k, unbounded (decoupled PPO, 2505.24298); tis min(k, tis_cap); icepop k inside
+    the band, else 0; the same over the product of a sequence (seq-tis, seq-mask); geometric-mask keeps a sequence whose mean of log k is
+    within `geometric_band`."""
     tis_cap: PositiveFloat = 2.0
     """Cap of tis and seq-tis."""
     icepop_low: PositiveFloat = 0.5
@@ -173,6 +180,7 @@ class AlgorithmConfig(Section):
             raise ValueError(
                 "algorithm.normalize group divides by the spread of a group, and gae has no groups; say batch or none"
             )
+        _check_ratio(self)
         for field, (switch, values) in _ACTS_WITH.items():
             changed = getattr(self, field) != type(self).model_fields[field].default
             if changed and getattr(self, switch) not in values:
@@ -181,6 +189,22 @@ class AlgorithmConfig(Section):
                     f"{getattr(self, switch)!r}; leave it out"
                 )
         return self
+
+
+def _check_ratio(config: AlgorithmConfig) -> None:
+    """ValueError where the weight of a token and the ratio of the loss would hold the engine's probabilities twice."""
+    if config.proximal == "engine" and config.correction != "none":
+        raise ValueError(
+            "algorithm.proximal engine takes the ratio against the engine's own probabilities, so that nothing is left for "
+            f"algorithm.correction {config.correction} to weigh; say correction: none"
+        )
+    if config.loss not in ("dppo", "topr"):  # the others know pi_old
+        return
+    if config.proximal == "engine" or config.correction == "importance":
+        switch = "proximal engine" if config.proximal == "engine" else "correction importance"
+        raise ValueError(
+            f"algorithm.{switch}: algorithm.loss {config.loss} takes its ratio against the engine's probabilities by itself; leave it out"
+        )
 
 
 def located_reference(config: AlgorithmConfig, base: Path) -> AlgorithmConfig:

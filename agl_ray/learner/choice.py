@@ -23,7 +23,9 @@ def choose(
     algorithm: Algorithm, micros: Sequence[Packed], inputs: Sequence[LossInputs]
 ) -> list[torch.Tensor]:
     """bool [T] for each micro-batch of this rank. A collective; every rank chooses from the same K tokens, gathered: 32 bytes each."""
-    parts = [_counted(micro, one) for micro, one in zip(micros, inputs, strict=True)]
+    parts = [
+        _counted(micro, algorithm.seen(one)) for micro, one in zip(micros, inputs, strict=True)
+    ]
     own = torch.cat(parts, dim=1)
     before, everybody = fsdp.gather_columns(own)
     chosen = algorithm.choose(Tokens(*everybody))[before : before + own.shape[1]]

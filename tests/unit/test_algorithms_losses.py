@@ -133,6 +133,7 @@ def corrections(s: Streams, c: AlgorithmConfig) -> list[float]:
         out.append(
             {
                 "none": 1.0,
+                "importance": k,
                 "tis": min(k, c.tis_cap),
                 "icepop": k if c.icepop_low <= k <= c.icepop_high else 0.0,
                 "seq-tis": min(whole, c.tis_cap),
@@ -178,6 +179,7 @@ def test_the_loss_of_every_preset(name: str, seed: int) -> None:
     ("correction", "mismatch"),
     [
         ("none", 1.2),
+        ("importance", 1.2),
         ("tis", 1.2),
         ("icepop", 1.2),
         ("seq-tis", 0.3),
