@@ -30,6 +30,7 @@ from agl_ray.algorithms.registry import (
     find_advantage,
     find_choice,
     find_policy_loss,
+    refuse_unread,
 )
 from agl_ray.config.imports import load_module
 from agl_ray.types import ConfigError, InputError
@@ -64,6 +65,8 @@ class Algorithm:
         self._gain = find_policy_loss(config.loss, base)
         self._choice = find_choice(config.loss)
         self.needs_choice = self._choice is not None
+        chosen = (self._gain, self._advantage, self._of_critic)
+        refuse_unread(config, [function for function in chosen if function is not None])
         all_rows = self.needs_entropy or self.needs_choice or self.needs_critic
         self.skip_zero_advantage = not (config.kl.in_loss or config.kl.in_reward or all_rows)
         if config.zero_signal == "refill" and config.advantage in OTHER_BASELINES:

@@ -16,7 +16,7 @@ if TYPE_CHECKING:
     from agl_ray.config.algorithm import AlgorithmConfig
 
 
-@policy_loss("cispo")
+@policy_loss("cispo", reads=("clip_low", "clip_high"))
 def cispo(inputs: LossInputs, config: AlgorithmConfig) -> Gain:
     """The gain [T]. Marks: clip_low_fraction, clip_high_fraction (whatever the sign of A), ratio_mean."""
     import torch

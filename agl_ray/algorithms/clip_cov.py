@@ -13,7 +13,7 @@ from typing import TYPE_CHECKING
 
 from agl_ray.algorithms.base import Gain, LossInputs, Tokens
 from agl_ray.algorithms.covariance import covariances, number_chosen
-from agl_ray.algorithms.grpo import clip
+from agl_ray.algorithms.grpo import CLIPS, clip
 from agl_ray.algorithms.registry import policy_loss
 
 if TYPE_CHECKING:
@@ -38,7 +38,7 @@ def drawn(tokens: Tokens, config: AlgorithmConfig) -> torch.Tensor:
     return chosen
 
 
-@policy_loss("clip_cov", choose=drawn)
+@policy_loss("clip_cov", choose=drawn, reads=(*CLIPS, "cov_share", "cov_low", "cov_high"))
 def clip_cov(inputs: LossInputs, config: AlgorithmConfig) -> Gain:
     """The gain [T]. Marks: cov_fraction (share of tokens without gradient by their covariance), and those of PPO's clip."""
     import torch

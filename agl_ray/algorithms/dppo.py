@@ -16,7 +16,7 @@ if TYPE_CHECKING:
     from agl_ray.config.algorithm import AlgorithmConfig
 
 
-@policy_loss("dppo")
+@policy_loss("dppo", reads=("dppo_bound",))
 def dppo(inputs: LossInputs, config: AlgorithmConfig) -> Gain:
     """The masked gain [T]. Marks: masked_fraction, ratio_mean (pi / mu)."""
     import torch

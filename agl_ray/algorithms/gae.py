@@ -28,7 +28,7 @@ if TYPE_CHECKING:
     from agl_ray.config.algorithm import AlgorithmConfig
 
 
-@advantage("gae", baseline="critic")
+@advantage("gae", baseline="critic", reads=("gae_gamma", "gae_lambda", "gae_return_lambda"))
 def gae(episodes: Episodes, values: npt.NDArray, config: AlgorithmConfig) -> CriticAdvantages:
     """Advantages and returns [K] of `values` [K]."""
     gamma = config.gae_gamma

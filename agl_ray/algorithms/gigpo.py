@@ -22,7 +22,7 @@ if TYPE_CHECKING:
     from agl_ray.config.algorithm import AlgorithmConfig
 
 
-@advantage("gigpo", baseline="other")
+@advantage("gigpo", baseline="other", reads=("gigpo_gamma", "gigpo_weight"))
 def gigpo(inputs: AdvantageInputs, config: AlgorithmConfig) -> npt.NDArray:
     """The advantage of each call [M]."""
     episode = _numbered(inputs.rollout, inputs.group)

@@ -17,7 +17,7 @@ if TYPE_CHECKING:
     from agl_ray.config.algorithm import AlgorithmConfig
 
 
-@policy_loss("gmpo")
+@policy_loss("gmpo", reads=("clip_low", "clip_high"))
 def gmpo(inputs: LossInputs, config: AlgorithmConfig) -> Gain:
     """The gain of the token's sequence [T]. Marks: clip_low_fraction, clip_high_fraction, ratio_mean."""
     import torch

@@ -21,8 +21,11 @@ from agl_ray.algorithms.registry import advantage, policy_loss
 if TYPE_CHECKING:
     from agl_ray.config.algorithm import AlgorithmConfig
 
+CLIPS = ("clip_low", "clip_high", "dual_clip")
+"""Switches of the clipped gain."""
 
-@advantage("group")
+
+@advantage("group", reads=())
 def group(inputs: AdvantageInputs, config: AlgorithmConfig) -> npt.NDArray:
     """R - mean of the group [M]."""
     counts = np.bincount(inputs.group)
@@ -30,13 +33,13 @@ def group(inputs: AdvantageInputs, config: AlgorithmConfig) -> npt.NDArray:
     return inputs.rewards - means[inputs.group]
 
 
-@advantage("reward", baseline="other")
+@advantage("reward", baseline="other", reads=())
 def reward(inputs: AdvantageInputs, config: AlgorithmConfig) -> npt.NDArray:
     """R itself [M]: REINFORCE++ (arXiv 2501.03262) whitens it over the batch (`normalize: batch`)."""
     return inputs.rewards.copy()
 
 
-@policy_loss("clip")
+@policy_loss("clip", reads=CLIPS)
 def clip(inputs: LossInputs, config: AlgorithmConfig) -> Gain:
     """PPO's clipped gain [T]. Marks: clip_low_fraction, clip_high_fraction, ratio_mean."""
     import torch

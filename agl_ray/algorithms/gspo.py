@@ -16,7 +16,7 @@ if TYPE_CHECKING:
     from agl_ray.config.algorithm import AlgorithmConfig
 
 
-@policy_loss("gspo")
+@policy_loss("gspo", reads=("clip_low", "clip_high"))
 def gspo(inputs: LossInputs, config: AlgorithmConfig) -> Gain:
     """The sequence-clipped gain [T]. Marks: clip_low_fraction, clip_high_fraction, ratio_mean."""
     import torch

@@ -32,7 +32,7 @@ def highest(tokens: Tokens, config: AlgorithmConfig) -> torch.Tensor:
     return chosen
 
 
-@policy_loss("kl_cov", choose=highest)
+@policy_loss("kl_cov", choose=highest, reads=("cov_share", "kl_cov_coefficient"))
 def kl_cov(inputs: LossInputs, config: AlgorithmConfig) -> Gain:
     """The gain [T]. Marks: cov_fraction (share of the tokens that are penalised), ratio_mean."""
     import torch

@@ -18,7 +18,7 @@ if TYPE_CHECKING:
     from agl_ray.config.algorithm import AlgorithmConfig
 
 
-@advantage("maxrl")
+@advantage("maxrl", reads=())
 def maxrl(inputs: AdvantageInputs, config: AlgorithmConfig) -> npt.NDArray:
     """(R - mean) / mean [M]. InputError where a reward is negative: its mean may vanish or change the sign."""
     if len(inputs.rewards) and inputs.rewards.min() < 0:

@@ -17,7 +17,7 @@ if TYPE_CHECKING:
     from agl_ray.config.algorithm import AlgorithmConfig
 
 
-@advantage("opo")
+@advantage("opo", reads=())
 def opo(inputs: AdvantageInputs, config: AlgorithmConfig) -> npt.NDArray:
     """R - length-weighted mean of the group [M]."""
     tokens = np.bincount(inputs.group, weights=inputs.tokens)

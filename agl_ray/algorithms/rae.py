@@ -20,7 +20,7 @@ if TYPE_CHECKING:
     from agl_ray.config.algorithm import AlgorithmConfig
 
 
-@advantage("rae", baseline="other")
+@advantage("rae", baseline="other", reads=("rae_decay",))
 def rae(inputs: AdvantageInputs, config: AlgorithmConfig) -> npt.NDArray:
     """R - the running mean of its role [M]; `kept` has the means as `rae:ROLE`."""
     made = np.zeros(len(inputs.rewards))

@@ -18,7 +18,7 @@ if TYPE_CHECKING:
     from agl_ray.config.algorithm import AlgorithmConfig
 
 
-@advantage("rloo")
+@advantage("rloo", reads=())
 def rloo(inputs: AdvantageInputs, config: AlgorithmConfig) -> npt.NDArray:
     """R - mean of the others [M]."""
     size = np.bincount(inputs.group)[inputs.group].astype(np.float64)

@@ -16,7 +16,7 @@ if TYPE_CHECKING:
     from agl_ray.config.algorithm import AlgorithmConfig
 
 
-@policy_loss("sapo")
+@policy_loss("sapo", reads=("sapo_tau_positive", "sapo_tau_negative"))
 def sapo(inputs: LossInputs, config: AlgorithmConfig) -> Gain:
     """The gated gain [T]. Mark: ratio_mean."""
     import torch

@@ -14,7 +14,7 @@ if TYPE_CHECKING:
     from agl_ray.config.algorithm import AlgorithmConfig
 
 
-@policy_loss("topr")
+@policy_loss("topr", reads=())
 def topr(inputs: LossInputs, config: AlgorithmConfig) -> Gain:
     """The tapered gain [T]. Mark: ratio_mean (pi / mu of the sequence, cut)."""
     import torch

@@ -63,12 +63,13 @@ def show(finding: Finding) -> None:
 
 
 def config_findings(config: RunConfig, base: Path) -> Iterator[Finding]:
-    """What the configuration names: cluster, model, data, agent, judge, roles. Each failure is that part's own paragraph."""
+    """What the configuration names: cluster, model, data, agent, algorithm, judge, roles. Each failure is that part's own paragraph."""
     yield attempt("cluster", lambda: _cluster(config))
     yield attempt("model", lambda: _model(config, base))
     for key, source in (("data.train", config.data.train), ("data.val", config.data.val)):
         yield attempt(key, lambda source=source: _rows(config, source, base))  # type: ignore[misc]
     yield attempt("agent", lambda: _agent(config, base))
+    yield attempt("algorithm", lambda: _algorithm(config, base))
     if config.algorithm.kl.on:
         yield attempt("reference", lambda: _reference(config, base))
     if config.judge.on:
@@ -109,6 +110,13 @@ def _model(config: RunConfig, base: Path) -> str:
     path = find(config.model.path, base) or Path(config.model.path)
     check_model_folder(path)
     return str(path)
+
+
+def _algorithm(config: RunConfig, base: Path) -> str:
+    from agl_ray.algorithms.algorithm import make_algorithm
+
+    made = make_algorithm(config.algorithm, base).config
+    return f"advantage {made.advantage}, loss {made.loss}"
 
 
 def _reference(config: RunConfig, base: Path) -> str:

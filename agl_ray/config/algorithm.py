@@ -103,11 +103,11 @@ class AlgorithmConfig(Section):
     norm_tokens: Annotated[int, Field(gt=0)] = 1024
     """Constant length that seq-mean-token-sum-norm divides by."""
     clip_low: PositiveFloat = 0.2
-    """Lower clip of the probability ratio (1 - clip_low). Acts only with several updates per batch (`learner.minibatches`)."""
+    """Losses clip, gspo, gmpo, cispo, clip_cov: lower clip of the probability ratio (1 - clip_low). Acts only with several updates per batch (`learner.minibatches`)."""
     clip_high: PositiveFloat = 0.28
-    """Upper clip (1 + clip_high), DAPO's clip-higher."""
+    """The same losses: upper clip (1 + clip_high), DAPO's clip-higher."""
     dual_clip: Annotated[float, Field(gt=1)] | None = None
-    """Loss clip only: bound on ratio * |A| where A < 0 (1912.09729, about 3); None = off."""
+    """Losses clip and clip_cov: bound on ratio * |A| where A < 0 (1912.09729, about 3); None = off."""
     sapo_tau_positive: PositiveFloat = 1.0
     """Loss sapo: temperature of the gate where A > 0."""
     sapo_tau_negative: PositiveFloat = 1.05
@@ -223,25 +223,12 @@ _ACTS_WITH: dict[str, tuple[str, tuple[str, ...]]] = {
         ("seq-mean-token-mean", "seq-mean-token-sum", "seq-mean-token-sum-norm"),
     ),
     "refill_batches": ("zero_signal", ("refill",)),
-    "rae_decay": ("advantage", ("rae",)),
-    "gigpo_gamma": ("advantage", ("gigpo",)),
-    "gigpo_weight": ("advantage", ("gigpo",)),
-    "gae_gamma": ("advantage", ("gae",)),
-    "gae_lambda": ("advantage", ("gae",)),
-    "gae_return_lambda": ("advantage", ("gae",)),
     "gae_over": ("advantage", ("gae",)),
     "norm_tokens": ("aggregation", ("seq-mean-token-sum-norm",)),
-    "dual_clip": ("loss", ("clip",)),
-    "sapo_tau_positive": ("loss", ("sapo",)),
-    "sapo_tau_negative": ("loss", ("sapo",)),
-    "cov_share": ("loss", ("clip_cov", "kl_cov")),
-    "cov_low": ("loss", ("clip_cov",)),
-    "cov_high": ("loss", ("clip_cov",)),
-    "kl_cov_coefficient": ("loss", ("kl_cov",)),
-    "dppo_bound": ("loss", ("dppo",)),
     "tis_cap": ("correction", ("tis", "seq-tis")),
     "icepop_low": ("correction", ("icepop", "seq-mask")),
     "icepop_high": ("correction", ("icepop", "seq-mask")),
     "geometric_band": ("correction", ("geometric-mask",)),
 }
-"""Switches that act only with certain values of another; a value of their own is refused elsewhere."""
+"""Switches that act only with certain values of another; a value of their own is refused elsewhere. Those that advantage and loss functions read are
+not here: each function says which it does (agl_ray/algorithms/registry.py)."""

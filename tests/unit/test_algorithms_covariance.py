@@ -82,11 +82,6 @@ def test_every_token_counts_so_rows_without_advantage_are_run() -> None:
 @pytest.mark.parametrize(
     ("given", "words"),
     [
-        ({"algorithm": {"cov_share": 0.1}}, "cov_share acts with loss: clip_cov or kl_cov only"),
-        (
-            {"algorithm": {"loss": "kl_cov", "cov_low": 0.1}},
-            "cov_low acts with loss: clip_cov only",
-        ),
         ({"algorithm": {"loss": "clip_cov", "cov_low": 9.0}}, "cov_low must be below"),
         ({"algorithm": {"name": "kl_cov"}}, "with learner.minibatches 1 nothing has"),
     ],

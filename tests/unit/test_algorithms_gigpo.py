@@ -117,8 +117,6 @@ def test_equal_rewards_give_exactly_nothing() -> None:
             "once for every call; say last or none",
         ),
         ({"algorithm": {"advantage": "gigpo", "normalize": "group"}}, "gigpo has two baselines"),
-        ({"algorithm": {"gigpo_gamma": 0.5}}, "acts with advantage: gigpo only"),
-        ({"algorithm": {"gigpo_weight": 0.5}}, "acts with advantage: gigpo only"),
     ],
 )
 def test_what_does_not_fit_is_refused(given: dict[str, Any], words: str) -> None:

@@ -32,8 +32,6 @@ def test_an_unknown_name_lists_the_known_ones() -> None:
 @pytest.mark.parametrize(
     ("given", "words"),
     [
-        ({"sapo_tau_negative": 2.0}, "algorithm.sapo_tau_negative acts with loss: sapo only"),
-        ({"dual_clip": 3.0, "name": "gspo"}, "algorithm.dual_clip acts with loss: clip only"),
         ({"tis_cap": 3.0}, "algorithm.tis_cap acts with correction: tis or seq-tis only"),
         ({"unit": "row"}, "algorithm.unit acts with aggregation: seq-mean"),
         ({"refill_batches": 2.0}, "algorithm.refill_batches acts with zero_signal: refill only"),

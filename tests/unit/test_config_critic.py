@@ -24,7 +24,6 @@ ALONE = {"rollout": {"group_size": 1, "min_group": 1}}
             r"learner\.critic\.epochs acts with algorithm\.advantage gae",
         ),
         ({"learner": {"critic": {"value_clip": 0}}}, r"value_clip"),
-        ({"algorithm": {"gae_lambda": 0.5}}, "algorithm.gae_lambda acts with advantage: gae only"),
         ({"algorithm": {"gae_over": "rollout"}}, "algorithm.gae_over acts with advantage: gae only"),
         ({"algorithm": {"name": "ppo", "normalize": "group"}}, "gae has no groups"),
         ({**PPO, "credit": {"unit": "role", "group": "row+role"}}, "compares none; leave it out"),
