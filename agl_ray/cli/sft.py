@@ -12,6 +12,7 @@ import typer
 from agl_ray.types import InputError
 
 if TYPE_CHECKING:
+    from agl_ray.config.lora import LoraConfig
     from agl_ray.learner.sft_run import SFTJob
 
 Model = Annotated[
@@ -75,6 +76,28 @@ ValEvery = Annotated[
     int,
     typer.Option("--val-every", min=0, help="Updates between measurements; 0 = before and after."),
 ]
+LoraRank = Annotated[
+    int | None,
+    typer.Option(
+        "--lora-rank", min=1, help="Train low-rank adapters of this rank, not all weights."
+    ),
+]
+LoraAlpha = Annotated[
+    int | None,
+    typer.Option("--lora-alpha", min=1, help="Adapters act times alpha / rank (else alpha 32)."),
+]
+LoraTarget = Annotated[
+    list[str] | None,
+    typer.Option(
+        "--lora-target",
+        metavar="NAME",
+        help="Last name of the linear layers with an adapter; several times (else all).",
+    ),
+]
+AdapterOnly = Annotated[
+    bool,
+    typer.Option("--adapter-only", help="Export the adapter (peft) without the merged model."),
+]
 Weight = Annotated[float, typer.Option("--weight-decay", min=0.0, help="AdamW weight decay.")]
 Dtype = Annotated[str, typer.Option("--dtype", help="Of the forward pass: float32 or bfloat16.")]
 Device = Annotated[str, typer.Option("--device", help="cpu, cuda, or auto.")]
@@ -111,6 +134,10 @@ def sft(
     val: Val = None,
     val_share: ValShare = 0.0,
     val_every: ValEvery = 0,
+    lora_rank: LoraRank = None,
+    lora_alpha: LoraAlpha = None,
+    lora_target: LoraTarget = None,
+    adapter_only: AdapterOnly = False,
     weight_decay: Weight = 0.01,
     dtype: Dtype = "float32",
     device: Device = "auto",
@@ -126,11 +153,13 @@ def sft(
     Examples:
       agl-ray sft --model qwen --data chats.jsonl --output tuned --epochs 2 --val-share 0.05
       agl-ray sft --model qwen --data latest --best 2 --min-reward 1 --output rejection-sampled
+      agl-ray sft --model qwen --data chats.jsonl --output adapted --lora-rank 16 --lr 1e-4
       agl-ray train configs/quickstart.yaml model.make=null model.path=tuned/export
 
     A line of chats.jsonl: {"messages": [{"role": "user", "content": "hi"}, {"role": "assistant", "content": "hello"}], "tools": []}.
     Only assistants' turns are learned, their end included ("weight": 0 in one takes it out). Of a run, the exact tokens that its model
-    sampled are learned; rollouts that failed, and held-out rows, are never taken.
+    sampled are learned; rollouts that failed, and held-out rows, are never taken. With --lora-rank the adapter is written to
+    FOLDER/export/adapter beside the merged model; adapters want five to ten times the --lr.
     """
     given = dict(locals())
     from agl_ray.learner.sft_run import run
@@ -164,6 +193,7 @@ def make_job(given: dict[str, Any]) -> SFTJob:
         raise InputError("give --val or --val-share, not both")
     writers = LoggingConfig(writers=given["writer"] or ["tensorboard"])
     check_writers(writers)
+    lora = _lora(given)
     device = _device(given["device"], given["ranks"])
     model = check_model_folder(given["model"])
     rows, held_out, facts = load(given, model)
@@ -186,6 +216,8 @@ def make_job(given: dict[str, Any]) -> SFTJob:
         held_out=held_out,
         config=config,
         facts=facts,
+        lora=lora,
+        merged=not given["adapter_only"],
         ranks=given["ranks"],
         dtype=given["dtype"],
         device=device,
@@ -199,6 +231,21 @@ def make_job(given: dict[str, Any]) -> SFTJob:
 def _one_of(option: str, value: str, allowed: tuple[str, ...]) -> None:
     if value not in allowed:
         raise InputError(f"{option}: expected {', '.join(allowed)}, got {value!r}")
+
+
+def _lora(given: dict[str, Any]) -> LoraConfig | None:
+    from agl_ray.config.lora import LoraConfig
+
+    if given["lora_rank"] is None:
+        for name in ("lora_alpha", "lora_target", "adapter_only"):
+            if given[name]:
+                raise InputError(
+                    f"--{name.replace('_', '-')} is of adapters, and without --lora-rank all weights are trained; give a rank, or leave it out"
+                )
+        return None
+    chosen = {"alpha": given["lora_alpha"], "target_modules": given["lora_target"] or None}
+    some = {name: value for name, value in chosen.items() if value is not None}
+    return LoraConfig(rank=given["lora_rank"], **some)
 
 
 def _device(asked: str, ranks: int) -> Literal["cpu", "cuda"]:
@@ -239,4 +286,7 @@ def show_summary(summary: dict[str, Any]) -> None:
     print(
         f"{summary['tokens_trained']} tokens learned, {rate:.0f} tokens/s; loss curve in curves.png"
     )
-    print(f"model: {summary['export']}")
+    if summary["adapter"] is not None:
+        print(f"adapter ({summary['parameters_trained']} parameters): {summary['adapter']}")
+    if summary["export"] is not None:
+        print(f"model: {summary['export']}")

@@ -1,8 +1,8 @@
 """A trained model as a Hugging Face folder: safetensors, configuration, and the tokenizer it was trained with.
 
-With learner.lora the model is the merged one, and its folder `adapter` holds the adapters alone in peft's format.
+With adapters (learner.lora) the model is the merged one, and its folder `adapter` holds the adapters alone in peft's format.
 
-Called by learner/step.py. Test it alone with tests/unit/test_learner_export.py.
+Called by learner/step.py and learner/sft_run.py. Test it alone with tests/unit/test_learner_export.py.
 """
 
 from __future__ import annotations
@@ -45,6 +45,17 @@ def export(model: Any, source: Path, path: str | Path, *, write: bool = True) ->
     _save_tensors(state, partial)
     if adapters:
         lora.write_adapter(model, adapters, partial / ADAPTER_FOLDER)
+    put_in_place(partial, target)
+
+
+def export_adapter(model: Any, path: str | Path, *, write: bool = True) -> None:
+    """Write the adapter of `model` alone to the folder `path`/adapter, as `export` does beside the merged model."""
+    adapters = lora.adapter_state(model, keep=write)
+    if not write:
+        return
+    target = Path(path)
+    partial = new_partial(target)
+    lora.write_adapter(model, adapters, partial / ADAPTER_FOLDER)
     put_in_place(partial, target)
 
 

@@ -178,12 +178,18 @@ class Tuner:
                 )
             fsdp.shard(model, self.dtype)
         self.optimizer = torch.optim.AdamW(
-            model.parameters(),
+            [parameter for parameter in model.parameters() if parameter.requires_grad],
             lr=config.lr,
             betas=config.betas,
             weight_decay=config.weight_decay,
             fused=world_size == 1,  # torch has no fused AdamW for sharded parameters on CPU
         )
+
+    @property
+    def num_trained(self) -> int:
+        """Parameters that are trained, of all ranks together."""
+        groups = self.optimizer.param_groups
+        return sum(parameter.numel() for group in groups for parameter in group["params"])
 
     def fit(
         self,

@@ -1,6 +1,6 @@
 """A fine-tuning from rows to a model folder, on one rank in this process or on several in processes of their own.
 
-    output/  export/ (the model, Hugging Face format), metrics.jsonl, validation.jsonl, summary.json, curves.png, checkpoints/, tensorboard/, sft.json
+    output/  export/ (the model, Hugging Face format; of adapters the merged one, and export/adapter for peft), metrics.jsonl, validation.jsonl, summary.json, curves.png, checkpoints/, tensorboard/, sft.json
 
 `run(job)` is called by `agl-ray sft`. Every rank has all rows and takes its share of each batch; rank 0 shows and writes. A sitting that
 ended early is gone on with from its newest checkpoint (`job.resume`), and gives the weights that an undisturbed one would have given.
@@ -19,6 +19,7 @@ from pathlib import Path
 from typing import Any, Literal
 
 from agl_ray.config.logging import LoggingConfig
+from agl_ray.config.lora import LoraConfig
 from agl_ray.learner.sft import SFTConfig, SFTResult, SFTStep, Tuner
 from agl_ray.ops.display import Display, make_display
 from agl_ray.ops.events import Notice, Phase, Progress
@@ -37,7 +38,8 @@ WRITER_SECONDS = 60.0
 @dataclass(frozen=True, slots=True)
 class SFTJob:
     """What to do. model: a Hugging Face folder. rows, held_out: to train on, and to measure the loss on (None: not measured). facts: what
-    the summary says of the data. val_every, checkpoint_every: in updates; 0 = only at the end."""
+    the summary says of the data. lora: train adapters, None: all weights. merged: with adapters, export the merged model too.
+    val_every, checkpoint_every: in updates; 0 = only at the end."""
 
     model: Path
     output: Path
@@ -45,6 +47,8 @@ class SFTJob:
     held_out: Rows | None
     config: SFTConfig
     facts: Mapping[str, Any]
+    lora: LoraConfig | None = None
+    merged: bool = True
     ranks: int = 1
     dtype: Literal["float32", "bfloat16"] = "float32"
     device: Literal["cpu", "cuda"] = "cpu"
@@ -58,12 +62,24 @@ class SFTJob:
         """All that decides which weights come out, and the size of the data; of a resumed job it must be the same."""
         rows = {"rows": len(self.rows), "tokens": int(self.rows.lengths.sum())}
         told = {"model": str(self.model.resolve()), **asdict(self.config), "dtype": self.dtype}
-        plain: dict[str, Any] = json.loads(json.dumps({**told, **rows}))
+        lora = None if self.lora is None else self.lora.model_dump()
+        plain: dict[str, Any] = json.loads(json.dumps({**told, **rows, "lora": lora}))
         return plain
 
     @property
     def checkpoints(self) -> Path:
         return self.output / "checkpoints"
+
+    @property
+    def exported(self) -> dict[str, str | None]:
+        """Where model and adapter come; None for one that is not made."""
+        from agl_ray.learner.export import ADAPTER_FOLDER
+
+        model = self.output / EXPORT
+        return {
+            "export": str(model) if self.merged else None,
+            "adapter": None if self.lora is None else str(model / ADAPTER_FOLDER),
+        }
 
 
 def run(job: SFTJob) -> dict[str, Any]:
@@ -130,7 +146,7 @@ def run_rank(rank: int, job: SFTJob, port: int) -> None:
     import torch
 
     from agl_ray.learner import fsdp
-    from agl_ray.learner.export import export
+    from agl_ray.learner.lora import add_adapters
     from agl_ray.learner.model import load_model
 
     device = job.device
@@ -142,13 +158,25 @@ def run_rank(rank: int, job: SFTJob, port: int) -> None:
     display: Any = make_display() if rank == 0 else nullcontext()
     with display:
         model = load_model(job.model, device)
+        if job.lora is not None:
+            add_adapters(model, job.lora, job.config.seed)
         tuner = Tuner(model, job.config, rank=rank, world_size=job.ranks, dtype=job.dtype)
         work = _Sitting(job, tuner, display if rank == 0 else None)
         result = work.train()
-        export(model, job.model, job.output / EXPORT, write=rank == 0)
+        _export(job, model, rank)
         fsdp.barrier()
         work.finish(result)
     fsdp.leave_group()
+
+
+def _export(job: SFTJob, model: Any, rank: int) -> None:
+    from agl_ray.learner.export import export, export_adapter
+
+    target, first = job.output / EXPORT, rank == 0
+    if job.merged:
+        export(model, job.model, target, write=first)
+    else:
+        export_adapter(model, target, write=first)
 
 
 class _Sitting:
@@ -237,7 +265,8 @@ class _Sitting:
         rows = read_metrics(output)
         summary = {
             "model": str(self.job.model),
-            "export": str(output / EXPORT),
+            **self.job.exported,
+            "parameters_trained": self.tuner.num_trained,
             **self.job.facts,
             "steps": result.steps,
             "epochs": rows[-1]["epoch"],
