@@ -36,8 +36,10 @@ if TYPE_CHECKING:
 
     from agl_ray.learner.prepare import Payload
     from agl_ray.learner.step import Learner
+    from agl_ray.learner.teacher import Scores, Teacher
     from agl_ray.store.client import LightningStore
     from agl_ray.trajectory.batch import TrainBatch
+    from agl_ray.trajectory.ragged import Rows
     from agl_ray.weights.sender import WeightSender
 
 
@@ -87,6 +89,7 @@ class LearnerRank:
         self._turn = threading.Lock()
         self._learner: Learner | None = None
         self._sender: WeightSender | None = None
+        self._teacher: Teacher | None = None
 
     def address(self) -> tuple[str, int]:
         """(host, free port) where the group may meet."""
@@ -97,11 +100,15 @@ class LearnerRank:
         return host, port
 
     def setup(self, master_addr: str, master_port: int) -> dict[str, int]:
-        """Join the ranks' group and load the model. Returns the number of parameters and the process id."""
+        """Check the teacher (on rank 0, where there is one), join the ranks' group and load the model. Returns the number of parameters and the process id."""
         from agl_ray.learner import fsdp
         from agl_ray.learner.step import Learner
+        from agl_ray.learner.teacher import Teacher
 
         config = self.config.learner
+        if self.rank == 0 and self.config.algorithm.teacher is not None:
+            self._teacher = Teacher(self.config.algorithm.teacher, config.max_row_tokens)
+            asyncio.run(self._teacher.check(Path(self.model_path)))
         device = "cuda" if config.num_gpus else "cpu"
         if self.world_size > 1:
             seconds = config.step_timeout_seconds
@@ -146,11 +153,17 @@ class LearnerRank:
             trajectory=self.config.trajectory,
             credit=Credit(self.config.credit, self.base),
             kept=learner.kept,
+            score=self._score,
         )
         return [
             ray.put(replace(payload, stats={**payload.stats, "seconds_read": read}))
             for payload in payloads
         ]
+
+    def _score(self, rows: Rows) -> Scores:
+        if self._teacher is None:
+            raise RunError("scoring of rows: expected algorithm.teacher, got none")
+        return asyncio.run(self._teacher.score(rows))
 
     def train(self, payload: Payload | ray.ObjectRef) -> dict[str, float]:
         """One training step on this rank's payload; the metrics of learner/step.py."""

@@ -111,7 +111,9 @@ class LearnerGroup:
         """One step on `batch`: rank 0 makes the rows, every rank trains on its share. Metrics of rank 0 (already global)."""
         limit = self.config.learner.step_timeout_seconds
         on = f"rows of step {batch.step}"
-        shares = await self._one(self.rank0.prepare.remote(store, batch), on, limit)
+        teacher = self.config.algorithm.teacher
+        rows_limit = limit + (teacher.deadline_seconds if teacher else 0.0)
+        shares = await self._one(self.rank0.prepare.remote(store, batch), on, rows_limit)
         refs = [rank.train.remote(share) for rank, share in zip(self.ranks, shares, strict=True)]
         metrics = await self._gather(refs, f"update of step {batch.step}", limit)
         return dict(metrics[0])

@@ -25,6 +25,7 @@ from agl_ray.algorithms.base import (
     without_signal,
 )
 from agl_ray.algorithms.correction import correction
+from agl_ray.algorithms.opd import teacher_advantages, teacher_marks
 from agl_ray.algorithms.registry import (
     OTHER_BASELINES,
     find_advantage,
@@ -67,7 +68,12 @@ class Algorithm:
         self.needs_choice = self._choice is not None
         chosen = (self._gain, self._advantage, self._of_critic)
         refuse_unread(config, [function for function in chosen if function is not None])
-        all_rows = self.needs_entropy or self.needs_choice or self.needs_critic
+        all_rows = (
+            self.needs_entropy
+            or self.needs_choice
+            or self.needs_critic
+            or config.teacher is not None
+        )
         self.skip_zero_advantage = not (config.kl.in_loss or config.kl.in_reward or all_rows)
         if config.zero_signal == "refill" and config.advantage in OTHER_BASELINES:
             raise ConfigError(
@@ -149,6 +155,21 @@ class Algorithm:
                 f"{[*chosen.shape]}"
             )
         return chosen
+
+    def with_teacher(self, inputs: LossInputs) -> LossInputs:
+        """The streams with the teacher's part in the advantages (opd.py); as they are where there is no teacher."""
+        teacher, logprobs = self.config.teacher, inputs.teacher_logprobs
+        if teacher is None or logprobs is None:
+            return inputs
+        more = teacher_advantages(inputs.old_logprobs, logprobs, teacher)
+        return replace(inputs, advantages=inputs.advantages + more)
+
+    def teacher_marks(self, inputs: LossInputs) -> dict[str, torch.Tensor]:
+        """As `opd.teacher_marks`; {} where there is no teacher."""
+        teacher, logprobs = self.config.teacher, inputs.teacher_logprobs
+        if teacher is None or logprobs is None:
+            return {}
+        return teacher_marks(inputs.old_logprobs, logprobs, teacher)
 
     def seen(self, inputs: LossInputs) -> LossInputs:
         """The streams as the policy loss sees them: `old_logprobs` is what its ratio is taken against (`algorithm.proximal`)."""

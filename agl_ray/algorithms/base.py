@@ -83,7 +83,7 @@ class LossInputs:
     `Algorithm.needs_entropy` is False. advantages: of the unit of credit that the token belongs to. weights: 1 where the
     token counts, else 0 (there the other streams mean nothing but are finite). scale: what a counted token adds to the loss, over
     all micro-batches and ranks (aggregation.py). sequence: int64 [T], the row that the token belongs to, 0 .. num_sequences - 1.
-    reference_logprobs: the reference model's, where there is one (`algorithm.kl`). chosen: bool [T], see `Tokens`.
+    reference_logprobs: the reference model's, where there is one (`algorithm.kl`). teacher_logprobs: likewise (`algorithm.teacher`). chosen: bool [T], see `Tokens`.
     """
 
     logprobs: torch.Tensor
@@ -95,6 +95,7 @@ class LossInputs:
     sequence: torch.Tensor
     num_sequences: int
     reference_logprobs: torch.Tensor | None = None
+    teacher_logprobs: torch.Tensor | None = None
     chosen: torch.Tensor | None = None
     entropy: torch.Tensor | None = None
 

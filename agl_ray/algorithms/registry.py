@@ -57,6 +57,7 @@ OURS = (
     "sapo",
     "dppo",
     "topr",
+    "opd",
 )
 """Modules of this package that register functions."""
 

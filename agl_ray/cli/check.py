@@ -10,7 +10,7 @@ from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
 
-from agl_ray.types import InputError
+from agl_ray.types import InputError, WaitTimeout
 
 if TYPE_CHECKING:
     from agl_ray.config import RunConfig
@@ -72,6 +72,8 @@ def config_findings(config: RunConfig, base: Path) -> Iterator[Finding]:
     yield attempt("algorithm", lambda: _algorithm(config, base))
     if config.algorithm.kl.on:
         yield attempt("reference", lambda: _reference(config, base))
+    if config.algorithm.teacher is not None:
+        yield attempt("teacher", lambda: _teacher(config, base))
     if config.judge.on:
         yield attempt("judge", lambda: _judge(config, base))
     if config.roles:
@@ -123,6 +125,21 @@ def _reference(config: RunConfig, base: Path) -> str:
     from agl_ray.config.kl import reference_folder
 
     return str(reference_folder(config.algorithm.kl, base) or "the base model")
+
+
+def _teacher(config: RunConfig, base: Path) -> str:
+    import asyncio
+
+    from agl_ray.config.paths import find
+    from agl_ray.learner.teacher import Teacher
+
+    if config.algorithm.teacher is None or config.model.path is None:
+        return "looked at when the base model is made"
+    teacher = Teacher(config.algorithm.teacher, config.learner.max_row_tokens)
+    try:
+        return asyncio.run(teacher.check(find(config.model.path, base) or Path(config.model.path)))
+    except WaitTimeout as error:
+        raise InputError(str(error)) from error
 
 
 def _roles(config: RunConfig, base: Path) -> str:

@@ -13,6 +13,7 @@ from pydantic import Field, model_validator
 
 from agl_ray.config.kl import KLConfig, reference_folder
 from agl_ray.config.section import Fraction, PositiveFloat, Section
+from agl_ray.config.teacher import TeacherConfig
 
 Aggregation = Literal[
     "token-mean",
@@ -56,19 +57,21 @@ PRESETS: dict[str, dict[str, Any]] = {
     "kl_cov": {"normalize": "group", "loss": "kl_cov"},
     "dppo": {"loss": "dppo", "correction": "none"},
     "topr": {"loss": "topr", "correction": "none"},
+    "opd": {"advantage": "none"},
 }
 """What a name stands for, beside the defaults of AlgorithmConfig. Papers: see the files in agl_ray/algorithms."""
 
 
 class AlgorithmConfig(Section):
     name: str = "grpo"
-    """A preset: grpo, dr_grpo, dapo, rloo, reinforce_pp, reinforce_pp_baseline, lite_ppo, opo, decoupled_ppo, ppo, maxrl, gspo, gmpo, cispo, sapo, clip_cov, kl_cov, dppo, topr."""
+    """A preset: grpo, dr_grpo, dapo, rloo, reinforce_pp, reinforce_pp_baseline, lite_ppo, opo, decoupled_ppo, ppo, maxrl, gspo, gmpo, cispo, sapo, clip_cov, kl_cov, dppo, topr, opd."""
     imports: list[str] = []
     """Files (`path/file.py`) or modules that register functions with `@agl.advantage` and `@agl.policy_loss`, to be named below."""
     advantage: str = "group"
     """Advantage of a unit (`credit.unit`) from the rewards of its group: group (minus the mean), rloo (minus the mean of the others), maxrl, opo
     (length-weighted baseline), rae (minus what its role got so far; `credit.unit: role`), gigpo (by rollout and by
-    state; `credit.unit: call`), gae (of every token, from a critic, `learner.critic`), reward (no baseline), a name registered with `@agl.advantage`, or `file.py:function`."""
+    state; `credit.unit: call`), gae (of every token, from a critic, `learner.critic`), reward (no baseline), none (0: what is learnt
+    comes from `teacher` or from `kl`), a name registered with `@agl.advantage`, or `file.py:function`."""
     normalize: Literal["none", "group", "batch"] = "none"
     """Divide the advantage by the group's standard deviation (the original GRPO), or whiten it over the whole batch (REINFORCE++, PPO): over
     its units, with gae over its trained tokens."""
@@ -103,7 +106,8 @@ class AlgorithmConfig(Section):
     norm_tokens: Annotated[int, Field(gt=0)] = 1024
     """Constant length that seq-mean-token-sum-norm divides by."""
     clip_low: PositiveFloat = 0.2
-    """Losses clip, gspo, gmpo, cispo, clip_cov: lower clip of the probability ratio (1 - clip_low). Acts only with several updates per batch (`learner.minibatches`)."""
+    """Losses clip, gspo, gmpo, cispo, clip_cov: lower clip of the probability ratio (1 - clip_low). Acts only with several updates per batch (`learner.minibatches`), or
+    with `proximal: engine`."""
     clip_high: PositiveFloat = 0.28
     """The same losses: upper clip (1 + clip_high), DAPO's clip-higher."""
     dual_clip: Annotated[float, Field(gt=1)] | None = None
@@ -141,6 +145,8 @@ class AlgorithmConfig(Section):
     geometric_band: PositiveFloat = 0.01
     """geometric-mask: a sequence is kept where exp(mean log k) is within 1 +- this."""
     kl: KLConfig = KLConfig()
+    teacher: TeacherConfig | None = None
+    """On-policy distillation: a teacher's log-probabilities of the student's own tokens are added to the advantages of the rewards. None = no teacher."""
 
     @model_validator(mode="before")
     @classmethod
@@ -181,6 +187,7 @@ class AlgorithmConfig(Section):
                 "algorithm.normalize group divides by the spread of a group, and gae has no groups; say batch or none"
             )
         _check_ratio(self)
+        _check_teacher(self)
         for field, (switch, values) in _ACTS_WITH.items():
             changed = getattr(self, field) != type(self).model_fields[field].default
             if changed and getattr(self, switch) not in values:
@@ -204,6 +211,27 @@ def _check_ratio(config: AlgorithmConfig) -> None:
         switch = "proximal engine" if config.proximal == "engine" else "correction importance"
         raise ValueError(
             f"algorithm.{switch}: algorithm.loss {config.loss} takes its ratio against the engine's probabilities by itself; leave it out"
+        )
+
+
+def _check_teacher(config: AlgorithmConfig) -> None:
+    """ValueError where rewards would act and are said not to, nothing would be learnt, or a teacher's signal is overlooked."""
+    if config.teacher is not None and config.zero_signal == "refill":
+        raise ValueError(
+            "algorithm.zero_signal refill looks for groups that teach nothing, and with algorithm.teacher every group teaches something; say "
+            "zero_signal: keep"
+        )
+    if config.advantage != "none":
+        return
+    if config.teacher is None and not config.kl.in_loss:
+        raise ValueError(
+            "algorithm.advantage none takes nothing from the rewards, so that nothing would be learnt; give algorithm.teacher (name: opd), "
+            "algorithm.kl.coefficient, or another advantage"
+        )
+    if config.kl.in_reward or config.normalize != "none":
+        field = "kl.where reward" if config.kl.in_reward else f"normalize {config.normalize}"
+        raise ValueError(
+            f"algorithm.{field} has no effect with advantage none, which takes nothing from the rewards; leave it out"
         )
 
 

@@ -18,7 +18,7 @@ if TYPE_CHECKING:
 
 GROUP_BASELINES = ("group", "rloo", "maxrl", "opo", "gigpo")
 """Our advantages that need others of the same group."""
-WITHOUT_CRITIC = (*GROUP_BASELINES, "rae", "reward")
+WITHOUT_CRITIC = (*GROUP_BASELINES, "rae", "reward", "none")
 
 
 class CriticConfig(Section):

@@ -22,6 +22,7 @@ from agl_ray.config.roles import RoleConfig, RoleName
 from agl_ray.config.runners import RunnersConfig
 from agl_ray.config.section import Fraction, NonNegative, Positive, PositiveFloat, Section
 from agl_ray.config.store_address import without_keys
+from agl_ray.config.teacher import check_temperature
 from agl_ray.config.tracing import TracingConfig
 from agl_ray.config.trajectory import TrajectoryConfig
 
@@ -316,6 +317,7 @@ class RunConfig(Section):
                 "algorithm.loss kl_cov penalises what has moved since the start of the batch, and with learner.minibatches 1 nothing has; say "
                 "2 or more"
             )
+        check_temperature(self.algorithm.teacher, self.rollout.temperature)
         check_baseline(self.algorithm, self.credit, self.learner.critic, self.rollout.min_group)
         if self.weights.transport == "nccl" and not (
             self.engine.num_gpus and self.learner.num_gpus

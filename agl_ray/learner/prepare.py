@@ -8,7 +8,7 @@ Legend: U units of credit, R rows, N tokens of all rows.
 from __future__ import annotations
 
 import time
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass, replace
 from typing import TYPE_CHECKING
 
@@ -31,10 +31,14 @@ from agl_ray.types.errors import RunError
 if TYPE_CHECKING:
     from agl_ray.algorithms.algorithm import Algorithm
     from agl_ray.config.models import LearnerConfig
+    from agl_ray.learner.teacher import Scores
 
 
 ALL_SIGNAL = {"zero_signal_groups": 0.0, "zero_signal_unit_groups": 0.0}
-"""With a critic every group may be learnt from; its advantages are of tokens, and learner/critic.py counts them."""
+"""With a critic every group may be learnt from; its advantages are of tokens, and learner/critic.py counts them. So it is with a teacher."""
+
+Score = Callable[[Rows], "Scores"]
+"""A teacher asked for the log-probabilities of all rows of a step (learner/teacher.py)."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -70,12 +74,14 @@ def lay_out(
     trajectory: TrajectoryConfig | None = None,
     credit: Credit | None = None,
     kept: Mapping[str, float] | None = None,
+    score: Score | None = None,
 ) -> list[Payload]:
     """The payload of each rank.
 
     spans: of the attempts of `batch.attempts`, as `store.read_spans` gives them. The scales of the tokens are taken over the whole batch,
     rows of advantage 0 included, times the number of updates. `seed` and the step choose which rollouts go into which update where there
-    are several. trajectory, credit: None for the defaults. kept: what the advantage function kept from the step before.
+    are several. trajectory, credit: None for the defaults. kept: what the advantage function kept from the step before. score: with
+    `algorithm.teacher`, who is asked; a row that it cannot score is dropped, after the advantages are taken.
     """
     started = time.perf_counter()
     trajectory = trajectory or TrajectoryConfig()
@@ -89,6 +95,9 @@ def lay_out(
     )
     rows, unrewarded = _only_of_units(built.rows, units)
     rows, stay, dropped = fit(rows, config.max_row_tokens, trajectory)
+    if algorithm.config.teacher is not None:
+        rows, stay, unscored = _scored(rows, stay, score)
+        dropped |= unscored
     episodes = None
     if algorithm.needs_critic:
         rows, episodes = _with_places(rows, units, algorithm.config.gae_over)
@@ -104,6 +113,7 @@ def lay_out(
         **units.counts,
         **dropped,
         **(_signal(advantages_U, units, len(batch.groups)) if episodes is None else ALL_SIGNAL),
+        **(ALL_SIGNAL if algorithm.config.teacher is not None else {}),
         "groups": float(len(batch.groups)),
         "rollouts": float(len(batch.members)),
         "tokens_dropped_unrewarded": unrewarded,
@@ -122,7 +132,7 @@ def lay_out(
     updates, forward = _pack_alike(rows, parts, layout, world_size, config.tokens_per_microbatch)
     stats |= {"rows": float(len(rows)), **forward}
     stats |= _ages(rows, batch.step - 1)
-    stats["seconds_layout"] = time.perf_counter() - started
+    stats["seconds_layout"] = time.perf_counter() - started - stats.get("seconds_teacher", 0.0)
     of_all = (stats, after, units if late else None, episodes)
     return [
         Payload(batch.step, [update[rank] for update in updates], *of_all)
@@ -144,6 +154,7 @@ def with_advantages(payload: Payload, penalty: Array, algorithm: Algorithm) -> P
     stats = {
         **payload.stats,
         **_signal(advantages_U, units, int(payload.stats["groups"])),
+        **(ALL_SIGNAL if algorithm.config.teacher is not None else {}),
         "kl_penalty": float(penalty.mean()) if len(penalty) else 0.0,
     }
     return Payload(payload.step, updates, stats, kept)
@@ -183,6 +194,16 @@ def _only_of_units(rows: Rows, units: Units) -> tuple[Rows, float]:
     if not without.any():
         return rows, 0.0
     return replace(rows, weights=np.where(without, 0, rows.weights)), float(without.sum())
+
+
+def _scored(rows: Rows, stay: Array, score: Score | None) -> tuple[Rows, Array, dict[str, float]]:
+    """The rows that the teacher scored, with float32 column `teacher_logprobs`; which rows of all they are; and the step's metrics."""
+    if score is None:
+        raise ValueError("score: expected the teacher of algorithm.teacher, got none")
+    made = score(rows)
+    rows = replace(rows, columns={**rows.columns, "teacher_logprobs": made.logprobs})
+    there = np.flatnonzero(made.scored)
+    return rows.take(there), stay[there], made.counts
 
 
 def _with_places(rows: Rows, units: Units, over: str) -> tuple[Rows, Episodes]:

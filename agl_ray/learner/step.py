@@ -41,6 +41,9 @@ entropy_full (mean entropy of the whole distributions, nats; with algorithm.entr
 at the start of the step against the one now, nats, a mean over the updates; 0 with a single one. With a reference (`algorithm.kl`):
 kl_reference, mean k3 of the policy at the start of the step against it, nats; kl_penalty, mean of what was taken off a unit's reward
 (`where: reward`).
+With a teacher (`algorithm.teacher`): kl_teacher, mean k1 (log pi - log teacher) of the policy at the start of the step, nats, which is what is
+brought down; teacher_bounded_fraction (share of trained tokens); rows_scored, rows_dropped_unscored, tokens_dropped_unscored, teacher_retries,
+seconds_teacher; no group is without signal then, and advantage_mean, _std, _max are of the rewards' part.
 Learner against engine, on tokens made by the current version: tokens_current, max_logprob_diff (nats), engine_kl (mean k3, nats).
 max_token_age: weight versions between a token and this step; token_age.AGE: trained tokens of that age, token_age_mean. Counts: tokens_trained, tokens_forward (their context included),
 tokens_shared (of the rows, but not run forward: `trajectory.rows: tree` runs a beginning that rows share once), tokens_repeated (run forward more
@@ -213,7 +216,8 @@ class Learner:
         self, micro: Packed, made: TokenOutputs, known: dict[str, torch.Tensor]
     ) -> LossInputs:
         device = made.logprobs.device
-        return LossInputs(
+        teacher = micro.columns.get("teacher_logprobs")
+        inputs = LossInputs(
             logprobs=made.logprobs,
             entropy=made.entropy,
             engine_logprobs=torch.tensor(micro.columns["engine_logprobs"], device=device),
@@ -222,8 +226,10 @@ class Learner:
             scale=torch.tensor(micro.columns["scale"], device=device),
             sequence=torch.from_numpy(micro.row_of_token).to(device),
             num_sequences=len(micro.lengths),
+            teacher_logprobs=None if teacher is None else torch.tensor(teacher, device=device),
             **{"old_logprobs": made.logprobs.detach(), **known},
         )
+        return self.algorithm.with_teacher(inputs)
 
     @torch.no_grad()
     def _compare(self, micro: Packed, inputs: LossInputs, totals: _Totals) -> None:
@@ -246,6 +252,8 @@ class Learner:
         if inputs.reference_logprobs is not None:
             away = estimate(inputs.old_logprobs, inputs.reference_logprobs, "k3")
             totals.add({}, {"kl_reference": (counted * away).sum()})
+        marks = self.algorithm.teacher_marks(inputs)
+        totals.add({}, {name: (counted * mark).sum() for name, mark in marks.items()})
         totals.keep_largest(
             {
                 "max_logprob_diff": torch.where(current > 0, difference.abs(), 0.0).max(),

@@ -55,6 +55,7 @@ COLUMNS: list[tuple[str, int, Callable[[Row], str]]] = [
     ("sync ms", 7, _number("sync_ms", lambda x: f"{x:.0f}")),
     ("dlogp", 7, _number("max_logprob_diff", lambda x: f"{x:.0e}")),
     ("kl ref", 7, _number("kl_reference", lambda x: f"{x:.0e}")),
+    ("kl teach", 8, _number("kl_teacher", lambda x: f"{x:.3f}")),
     ("rollout s", 9, _number("seconds_rollout", lambda x: f"{x:.1f}")),
     ("update s", 8, _number("seconds_update", lambda x: f"{x:.1f}")),
     ("failures", 0, _failures),
@@ -62,7 +63,7 @@ COLUMNS: list[tuple[str, int, Callable[[Row], str]]] = [
 STEP_WIDTH = 7
 NARROW = 100  # characters; a narrower screen does without these columns
 LEFT_OUT = ("stale", "dlogp")
-LOG_ONLY = ("kl ref",)  # of runs with a reference model; the others have no room for it
+LOG_ONLY = ("kl ref", "kl teach")  # of runs with such a model; the others have no room for it
 
 
 def _columns(width: int) -> list[tuple[str, int, Callable[[Row], str]]]:

@@ -23,6 +23,8 @@ LOSSES = sorted(name for name, f in registry._losses.items() if f.__module__.sta
 ADVANTAGES = sorted(
     name for name, f in registry._advantages.items() if f.__module__.startswith("agl_ray.")
 )
+# An advantage that takes nothing from the rewards needs something else to learn from.
+BESIDE: dict[str, dict[str, Any]] = {"none": {"kl": {"coefficient": 1.0}}}
 # Share 1: each token that is chosen tells on the loss.
 START = {"cov_share": 1.0}
 CHANGED: dict[str, float] = {
@@ -115,6 +117,7 @@ def test_a_switch_that_an_advantage_declares_changes_it(name: str, switch: str) 
 )
 def test_a_switch_that_is_not_declared_is_refused(what: str, name: str, switch: str) -> None:
     given = {"advantage": "group", "loss": "topr", what: name, switch: CHANGED[switch]}
+    given |= BESIDE.get(name, {})
     words = rf"algorithm\.{switch} .* would do nothing.*\.{what} (is )?{name}\b.*; leave it out"
     with pytest.raises(ConfigError, match=words):
         make_algorithm(AlgorithmConfig.model_validate(given))
@@ -141,7 +144,8 @@ def test_a_loss_reads_what_it_declares_and_nothing_else(loss: str) -> None:
 
 @pytest.mark.parametrize("name", ADVANTAGES)
 def test_an_advantage_reads_what_it_declares_and_nothing_else(name: str) -> None:
-    config: Any = Watched(AlgorithmConfig(advantage=name))
+    given = {"advantage": name, **BESIDE.get(name, {})}
+    config: Any = Watched(AlgorithmConfig.model_validate(given))
     of_units, of_critic = registry.find_advantage(name)
     if of_critic is None:
         assert of_units is not None
@@ -154,6 +158,7 @@ def test_an_advantage_reads_what_it_declares_and_nothing_else(name: str) -> None
 def test_every_switch_is_some_functions_or_acts_with_another() -> None:
     always = {
         "name", "imports", "advantage", "normalize", "zero_signal", "loss", "aggregation", "entropy_coefficient", "proximal", "correction", "kl",
+        "teacher",
     }  # fmt: skip
     groups = always, set(_ACTS_WITH), set(READERS)
     unplaced = AlgorithmConfig.model_fields.keys() - set().union(*groups)

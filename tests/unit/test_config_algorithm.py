@@ -15,10 +15,13 @@ BASE = {"model": {"path": "m"}}
 @pytest.mark.parametrize("name", sorted(PRESETS))
 def test_a_name_fills_the_switches_and_what_is_given_wins(name: str) -> None:
     base = {**BASE, "learner": {"minibatches": 2}}  # kl_cov needs them
-    config = validate({**base, "algorithm": {"name": name}}).algorithm
+    given: dict[str, object] = {"name": name}
+    if name == "opd":
+        given["teacher"] = {"base_url": "http://teacher/v1", "model": "m"}
+    config = validate({**base, "algorithm": given}).algorithm
     for key, value in PRESETS[name].items():
         assert getattr(config, key) == value
-    other = validate({**base, "algorithm": {"name": name, "clip_high": 0.31}}).algorithm
+    other = validate({**base, "algorithm": {**given, "clip_high": 0.31}}).algorithm
     assert other.clip_high == 0.31
     again = validate({**base, "algorithm": config.model_dump(mode="json")}).algorithm
     assert again == config  # as a resumed run reads it
