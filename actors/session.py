@@ -45,7 +45,7 @@ from agl_ray.gateway.conversation import conversation
 from agl_ray.gateway.engine_api import GenerateRequest
 from agl_ray.ops.curves import draw_curves
 from agl_ray.ops.display import Display
-from agl_ray.ops.events import Done, Progress
+from agl_ray.ops.events import Done, Notice, Progress
 from agl_ray.ops.ledger import PROCESSES, Ledger, RowResult
 from agl_ray.ops.summary import write_summary
 from agl_ray.ops.writer_choice import writer_keys
@@ -61,6 +61,7 @@ EXAMPLES = 3
 REASON = 1500  # characters of Serve's own message that are shown
 OPEN = 30.0  # seconds for the HTTP door to answer once Serve says that it runs
 START = 120.0  # seconds for a plain actor to start
+TELL = 30.0  # seconds between two sentences about a start that takes long
 
 
 class RunSession:
@@ -248,7 +249,8 @@ class RunSession:
     def _wait_for_serving(self, boot: Any, names: list[str]) -> None:
         """Until these applications run and the first weights are in; the first error of either side ends the wait."""
         limit = self.config.engine.start_seconds
-        deadline = time.monotonic() + limit
+        started = time.monotonic()
+        told = 0
         booted = running = False
         while not (booted and running):
             if not booted and ray.wait([boot], timeout=0.2)[0]:
@@ -260,9 +262,15 @@ class RunSession:
             late = next((n for n, s in states.items() if s != ApplicationStatus.RUNNING), names[0])
             if states[late] == ApplicationStatus.DEPLOY_FAILED:
                 raise RunError(f"{_WHAT.get(late, late)} did not start: {_reason(found[late])}")
-            if time.monotonic() > deadline:
-                what = f"{_WHAT.get(late, late)} to start"
-                raise WaitTimeout(what, limit, _reason(found.get(late)))
+            waited = time.monotonic() - started
+            learner = "the learner is up" if booted else "the learner is not up yet"
+            if waited > limit:
+                hint = f"{learner}; {_reason(found.get(late))} (engine.start_seconds allows longer)"
+                raise WaitTimeout(f"{_WHAT.get(late, late)} to start", limit, hint)
+            if waited // TELL > told and not (booted and running):
+                told = int(waited // TELL)
+                text = f"still starting after {waited:.0f} s of at most {limit:g}: {learner}"
+                self.display.show(Notice(text=f"{text}; {_states(found.get(late))}"))
             if booted:
                 time.sleep(0.2)
 
@@ -327,7 +335,15 @@ def _reason(status: Any) -> str:
     """What Serve says about an application that is not up: its own message, then each deployment's."""
     if status is None:
         return "Serve knows nothing of it yet"
-    parts = [status.message, *(f"{name}: {d.message}" for name, d in status.deployments.items())]
+    said = [f"{name}: {d.message.strip()}" for name, d in status.deployments.items() if d.message]
+    parts = [status.message, *said] if status.message or said else [_states(status)]
     text = "\n".join(part.strip() for part in parts if part.strip())
     # The cause stands at the end of a remote traceback.
     return text if len(text) <= REASON else f"...{text[-REASON:]}"
+
+
+def _states(status: Any) -> str:
+    """How far the deployments of an application are: `Engine updating, Gateway healthy`."""
+    if status is None or not status.deployments:
+        return "Serve has not begun with the engine"
+    return ", ".join(f"{name} {d.status.value.lower()}" for name, d in status.deployments.items())

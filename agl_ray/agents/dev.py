@@ -65,7 +65,8 @@ def develop(
     base_url = base_url or os.environ.get("OPENAI_BASE_URL")
     if not base_url or not base_url.startswith(("http://", "https://")):
         raise InputError(
-            f"base_url: expected the URL of an OpenAI-compatible server, such as http://127.0.0.1:8000/v1, got {base_url!r}"
+            f"base_url: expected the URL of an OpenAI-compatible server, such as http://127.0.0.1:8000/v1, got {base_url!r}; "
+            "give --base-url (base_url=), or set OPENAI_BASE_URL"
         )
     if not model:
         raise InputError("model: expected the name of a model that the server has, got none")

@@ -14,7 +14,7 @@ import time
 from types import TracebackType
 from typing import Any
 
-from aiohttp import ClientError, ClientSession, ClientTimeout, web
+from aiohttp import ClientConnectorError, ClientError, ClientSession, ClientTimeout, web
 
 from agl_ray.gateway.caller import caller_of
 from agl_ray.spans import KIND_CALL
@@ -89,6 +89,9 @@ class WatchedEndpoint:
         call = _Call(request, recorder)
         try:
             return await self._forward(request, match["path"], call)
+        except ClientConnectorError as error:
+            call.end(502)
+            return _error(502, f"nothing answers at {self._base}: {error.strerror or error}")
         except (ClientError, TimeoutError) as error:
             call.end(502)
             return _error(502, f"{self._base}: {type(error).__name__}: {error}")

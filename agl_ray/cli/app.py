@@ -13,10 +13,12 @@ from collections.abc import Sequence
 import typer
 
 from agl_ray.cli import bench, check, config, dev, sft, store, train, version
+from agl_ray.cli.verbs import Verbs
 from agl_ray.types import AglError
 
 app = typer.Typer(
     name="agl-ray",
+    cls=Verbs,
     help="Train any LLM agent with reinforcement learning on a Ray cluster. `agl-ray VERB --help` shows an example of each.",
     epilog="--debug, anywhere, shows the traceback of an error. Exit codes: 0 done, 1 the run failed, 2 the input was wrong.",
     no_args_is_help=True,

@@ -8,8 +8,10 @@ from typing import Annotated, Any
 
 import typer
 
+from agl_ray.cli.verbs import Verbs
+
 app = typer.Typer(
-    help="Measure agl_ray on this machine.", no_args_is_help=True, rich_markup_mode=None
+    cls=Verbs, help="Measure agl_ray on this machine.", no_args_is_help=True, rich_markup_mode=None
 )
 
 Quick = Annotated[bool, typer.Option("--quick", help="A small measurement, under 45 s.")]

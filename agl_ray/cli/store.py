@@ -13,15 +13,19 @@ from typing import TYPE_CHECKING, Annotated
 
 import typer
 
+from agl_ray.cli.verbs import Verbs
+
 if TYPE_CHECKING:
     from agl_ray.cli.store_target import Target
 
 app = typer.Typer(
+    cls=Verbs,
     help="Look into a run's store, export it, import it, clear it, serve it.",
     no_args_is_help=True,
     rich_markup_mode=None,
 )
 
+MODES = ("train", "val", "test")
 RUN = "A run folder, a run's name, `latest`, a store.db, or a URL."
 Run = Annotated[str, typer.Argument(metavar="RUN", help=RUN)]
 RunId = Annotated[
@@ -85,6 +89,8 @@ def ls(
     for one in status or ():
         if one not in known:
             raise typer.BadParameter(f"expected one of {known}, got {one!r}", param_hint="--status")
+    if mode not in (None, *MODES):
+        raise typer.BadParameter(f"expected one of {MODES}, got {mode!r}", param_hint="--mode")
     if run is None:
         if status or mode:
             raise typer.BadParameter("--status and --mode need a RUN", param_hint="RUN")

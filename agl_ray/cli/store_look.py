@@ -12,17 +12,23 @@ from pathlib import Path
 from typing import Any
 
 import msgspec
+from rich import box
 from rich.console import Console
-from rich.table import Table
+from rich.table import Column, Table
 from rich.text import Text
 from rich.tree import Tree
 
 from agl_ray.cli.store_target import Target, opened, target_of
 from agl_ray.ops.run_folder import CONFIG
+from agl_ray.ops.summary_text import message_line
+from agl_ray.spans import KIND_CALL
 from agl_ray.store.archive import Archive
 from agl_ray.store.payload import rows_of
 from agl_ray.types import Attempt, InputError, Rollout, to_json
 
+PIPE = 400  # characters of a line where no terminal has a width
+ROOM = 100  # columns of a terminal with room for inputs beside their rollouts
+WORDS = 200  # characters of a message under its call
 WIDE = 40  # characters of an input or an error in a table
 ID_CHARACTERS = 5  # of an id before it may be cut short: `ro-` and two more
 Row = dict[str, Any]
@@ -37,12 +43,12 @@ async def list_runs(runs_dir: Path, as_json: bool) -> None:
     if as_json:
         print(json.dumps(rows, indent=2))
         return
-    table = Table("run", "rollouts", "ok", "other ends", "spans", "MiB", "last change", "state")
+    table = _table("run", "rollouts", "ok", "other ends", "spans", "MiB", "last change", "state")
     for row in rows:
         values = [row[name] for name in ("run", "rollouts", "ok", "other_ends", "spans")]
         size = "" if row["bytes"] is None else f"{row['bytes'] / 2**20:,.1f}"
         table.add_row(*map(_text, [*values, size, _when(row["last_change"]), row["state"]]))
-    Console().print(table)
+    _console().print(table)
 
 
 def _folders(runs_dir: Path) -> list[tuple[float, Path]]:
@@ -103,15 +109,16 @@ async def list_rollouts(
     if as_json:
         print(json.dumps(rows, indent=2))
         return
-    columns = ("rollout", "status", "mode", "tries", "end", "reward", "spans", "seconds", "started")
-    table = Table(*columns, "input")
+    console = _console()
+    room = ("input",) if console.width >= ROOM else ()  # `show` has it too
+    columns = ("rollout", "status", "mode", "tries", "end", "reward", "spans", "sec", "started")
+    table = _table(*columns, *room)
     for row in rows:
         attempt = row["latest_attempt"] or {}
         values = [row["rollout_id"], row["status"], row["mode"], row["num_attempts"]]
         values += [attempt.get("end_reason"), attempt.get("reward"), attempt.get("num_spans")]
         values += [_seconds(row), _when(row["start_time"]), _short(json.dumps(row["input"]))]
-        table.add_row(*map(_text, values))
-    console = Console()
+        table.add_row(*map(_text, values[: len(columns) + len(room)]))
     console.print(Text(head))
     console.print(table)
 
@@ -147,7 +154,7 @@ async def show_rollout(target: Target, rollout_id: str, as_json: bool) -> None:
         ]
         print(msgspec.json.format(msgspec.json.encode(shown), indent=2).decode())
         return
-    console = Console()
+    console = _console()
     console.print(_tree(rollout, attempts, of))
 
 
@@ -196,6 +203,8 @@ def _add_spans(branch: Tree, rows: Sequence[Row]) -> None:
         place, row = waiting.pop()
         shown.add(row["span_id"])
         under = place.add(Text(_span_line(row), style="red" if row["status"] == "ERROR" else ""))
+        for line in _said(row):
+            under.add(Text(line, style="dim"))
         waiting += [(under, child) for child in reversed(parents.get(row["span_id"], []))]
     for row in ordered:  # parents in a circle
         if row["span_id"] not in shown:
@@ -205,7 +214,7 @@ def _add_spans(branch: Tree, rows: Sequence[Row]) -> None:
 def _span_line(row: Row) -> str:
     parts = [f"{row['sequence_id']}  {row['name']}"]
     parts.append(f"{(row['end_ns'] - row['start_ns']) / 1e6:.1f} ms")
-    if row["kind"] == "call":
+    if row["kind"] == KIND_CALL:
         tokens = row["prompt_tokens"] or len(row["prompt_ids"] or ())
         answered = row["response_tokens"] or len(row["response_ids"] or ())
         versions = sorted({version for _, version in row["weight_versions"] or ()})
@@ -220,6 +229,16 @@ def _span_line(row: Row) -> str:
     return "  ".join(parts)
 
 
+def _said(row: Row) -> list[str]:
+    """What is new in the request of a call, and its answer, a line each."""
+    attributes = row["attributes"] or {}
+    request, answer = attributes.get("request"), attributes.get("response")
+    # Spans from elsewhere may have attributes of these names that are something else.
+    asked = request.get("messages") or [] if isinstance(request, dict) else []
+    messages = [one for one in [*asked, answer] if isinstance(one, dict) and one.get("role")]
+    return [_short(message_line(one), WORDS) for one in messages if one["role"] != "system"]
+
+
 def _seconds(row: Row) -> str:
     end = row["end_time"]
     return "" if end is None else f"{end - row['start_time']:.1f}"
@@ -231,6 +250,19 @@ def _when(seconds: float) -> str:
 
 def _short(text: str, most: int = WIDE) -> str:
     return text if len(text) <= most else text[: most - 3] + "..."
+
+
+def _table(name: str, *columns: str) -> Table:
+    """Its first column holds names, to be copied: where room is short the others give way."""
+    others = [Column(one, overflow="fold") for one in columns]
+    narrow = (0, 1, 0, 0)
+    return Table(Column(name, no_wrap=True), *others, box=box.SIMPLE_HEAD, padding=narrow)
+
+
+def _console() -> Console:
+    """A pipe or a file has no width: nothing is cut off there."""
+    console = Console()
+    return console if console.is_terminal else Console(width=PIPE)
 
 
 def _text(value: Any) -> Text:

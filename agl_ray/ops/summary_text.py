@@ -114,12 +114,17 @@ def _conversation(side: Summary | None, width: int) -> list[str]:
     for message in side.get("messages") or []:
         if message.get("role") == "system":
             continue
-        text = _printable(f"{message.get('role', '?')}: {_content(message)}")
+        text = message_line(message)
         lines += textwrap.wrap(text, width, subsequent_indent="  ") or [text]
     if side.get("error"):
         text = _printable(f"error: {side['error']}")
         lines += textwrap.wrap(text, width, subsequent_indent="  ")
     return lines or ["(no messages)"]
+
+
+def message_line(message: Summary) -> str:
+    """A chat message in one printable line: `role: words and tool calls`."""
+    return _printable(f"{message.get('role', '?')}: {_content(message)}")
 
 
 def _printable(text: str) -> str:

@@ -127,6 +127,7 @@ def test_a_server_that_fails_is_an_engine_error_and_the_next_row_goes_on() -> No
     tried = develop(asks, [{"q": "a", "a": "b"}], base_url="http://127.0.0.1:9/v1", model="m")
     assert tried[0].outcome.reason is EndReason.ENGINE_ERROR
     assert [row["status"] for row in tried[0].spans if row["kind"] == "call"] == ["ERROR"]
+    assert "nothing answers at http://127.0.0.1:9/v1" in str(tried[0].outcome.error)
 
 
 def test_ctrl_c_in_the_agent_is_the_persons() -> None:

@@ -47,6 +47,15 @@ def test_every_help_shows_an_example(verb: list[str], capsys: pytest.CaptureFixt
     assert f"agl-ray {' '.join(verb)}" in text
 
 
+def test_the_list_of_verbs_cuts_no_sentence(capsys: pytest.CaptureFixture[str]) -> None:
+    for words in ([], ["store"], ["bench"]):
+        assert main([*words, "--help"]) == 0
+        text = capsys.readouterr().out
+        assert "..." not in text.split("Commands:")[1]
+    assert main(["--help"]) == 0
+    assert "nothing is trained." in " ".join(capsys.readouterr().out.split())
+
+
 def test_config_prints_what_it_was_told(folder: Path, capsys: pytest.CaptureFixture[str]) -> None:
     assert main(["config", "small.yaml", "train.steps=3", "seed=4"]) == 0
     resolved = json.loads(capsys.readouterr().out)

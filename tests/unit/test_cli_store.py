@@ -27,6 +27,12 @@ def spans(key: tuple[str, str]) -> Any:
     call = {"span_id": "b", "parent_id": "a", "name": "model.call", "kind": "call", "status": "OK"}
     call |= {"prompt_ids": [1, 2, 3], "response_ids": [4], "prompt_tokens": 3, "response_tokens": 1}
     call |= {"finish_reason": "stop", "weight_versions": [(0, 7)]}
+    asked = [{"role": "system", "content": "be brief"}, {"role": "user", "content": "add [1]"}]
+    tool = {"function": {"name": "look", "arguments": '{"what": "1"}'}}
+    call["attributes"] = {
+        "request": {"messages": asked},
+        "response": {"role": "assistant", "content": None, "tool_calls": [tool]},
+    }
     broken = {"span_id": "c", "parent_id": "b", "name": "tool", "kind": "span", "status": "ERROR"}
     broken |= {"status_message": "no [such] tool"}
     reward = {"span_id": "d", "name": "reward", "kind": "reward", "status": "OK", "reward": 0.5}
@@ -154,11 +160,29 @@ def test_a_living_run_is_read_beside_its_owner(
     assert "would drop 6" in out(capsys, "gc", "latest", "--keep-steps", "1", "--dry-run")
 
 
+def test_a_pipe_cuts_nothing_off_and_a_narrow_terminal_no_name(
+    runs: Made, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setenv("COLUMNS", "40")
+    assert "small-1" in out(capsys, "ls")
+    text = out(capsys, "ls", "latest")
+    assert all(one.rollout_id in text for one in runs)
+    assert '{"q": "waits"}' in text
+    monkeypatch.setenv("FORCE_COLOR", "1")
+    text = out(capsys, "ls", "latest")
+    assert all(one.rollout_id in text for one in runs)
+    assert "waits" not in text
+    assert "expected one of" in out(capsys, "ls", "latest", "--mode", "validation", code=2)
+
+
 def test_show_has_attempts_spans_and_errors(runs: Made, capsys: pytest.CaptureFixture[str]) -> None:
     text = out(capsys, "show", runs[3].rollout_id)
     for part in ("agent_error", "it [broke]", "3 + 1 tokens", "weights 7", "no [such] tool"):
         assert part in text
     assert "reward 0.5 (primary)" in text
+    assert "user: add [1]" in text
+    assert "assistant: look(what='1')" in text
+    assert "be brief" not in text  # a system prompt
     places = {
         name: next(line.index(name) for line in text.splitlines() if f"  {name}  " in line)
         for name in ("agent", "model.call", "tool")
