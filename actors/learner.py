@@ -110,9 +110,16 @@ class LearnerRank:
             self._teacher = Teacher(self.config.algorithm.teacher, config.max_row_tokens)
             asyncio.run(self._teacher.check(Path(self.model_path)))
         device = "cuda" if config.num_gpus else "cpu"
-        if self.world_size > 1:
-            seconds = config.step_timeout_seconds
-            fsdp.join_group(self.rank, self.world_size, master_addr, master_port, device, seconds)
+        if self.world_size > 1 or config.cpu_offload:
+            fsdp.join_group(
+                self.rank,
+                self.world_size,
+                master_addr,
+                master_port,
+                device,
+                config.step_timeout_seconds,
+                config.cpu_offload,
+            )
         self._learner = Learner(
             self.config.algorithm,
             config,

@@ -17,7 +17,8 @@ from learner_data import branching_batch, call, random_batch, table
 from agl_ray.algorithms.algorithm import make_algorithm
 from agl_ray.config.models import AlgorithmConfig, LearnerConfig
 from agl_ray.config.trajectory import TrajectoryConfig
-from agl_ray.learner import fsdp, head
+from agl_ray.learner import fsdp, head, optim
+from agl_ray.learner.model import load_model
 from agl_ray.learner.prepare import lay_out
 from agl_ray.learner.step import Learner
 from agl_ray.learner.weights import full_state
@@ -206,6 +207,22 @@ def job_gradient(
     return found
 
 
+def job_offload(
+    rank: int, world_size: int, folder: Path, offload: bool
+) -> list[tuple[str, torch.Tensor]]:
+    """The weights after three updates of two micro-batches; on a CPU, so that nothing is copied, but by FSDP2's ways for offloaded weights."""
+    model = load_model(folder)
+    fsdp.shard(model, torch.float32, "cpu", offload)
+    optimizer = optim.make_optimizer(model, LearnerConfig(lr=1e-2))
+    ids = torch.arange(24).reshape(2, 12) + rank
+    for _ in range(3):
+        for row in ids:
+            model(input_ids=row[None], labels=row[None]).loss.backward()
+        optim.apply_gradients(model, optimizer, 1e-2, 1.0)
+    assert fsdp.device_of(model).type == "cpu"
+    return full_state(model, keep=rank == 0)
+
+
 JOBS: dict[str, Callable[..., Any]] = {
     "train": job_train,
     "branches": job_branches,
@@ -214,4 +231,5 @@ JOBS: dict[str, Callable[..., Any]] = {
     "die_in_save": job_die_in_save,
     "export": job_export,
     "gradient": job_gradient,
+    "offload": job_offload,
 }

@@ -160,6 +160,10 @@ class LearnerConfig(Section):
     """Compute format of the forward pass (FSDP mixed precision); parameters stay float32."""
     gradient_checkpointing: bool = False
     """Keep only the inputs of the layers and compute the rest again in the backward pass: less memory per token, about a third more time."""
+    cpu_offload: bool = False
+    """Keep weights, gradients and the optimiser's state of the policy (and of critic and reference) in the machine's memory, 16 bytes per trained
+    parameter over the ranks together; a layer's weights are copied to the GPU for its turn, and the update runs on the CPU. Slower, for models that do
+    not fit otherwise. Refused with `num_gpus` 0. Its parts are tested on a CPU; it has not been run on a GPU."""
     lora: LoraConfig | None = None
     """Train low-rank adapters and leave the model's own weights as they are; `{}` turns it on. It wants five to ten times the `lr`. The engines
     and the export get the weights with the adapters merged in. A critic is trained whole. None = train all weights."""
@@ -171,6 +175,15 @@ class LearnerConfig(Section):
     """GPUs per rank; 0 = CPU with Gloo, else NCCL."""
     step_timeout_seconds: PositiveFloat = 600.0
     """Deadline of one update, of one checkpoint, of one restart."""
+
+    @model_validator(mode="after")
+    def _has_a_gpu_to_spare(self) -> LearnerConfig:
+        if self.cpu_offload and self.num_gpus == 0:
+            raise ValueError(
+                "learner.cpu_offload keeps weights out of a GPU's memory, and with learner.num_gpus 0 they are in the machine's memory anyway; "
+                "leave it out"
+            )
+        return self
 
 
 class WeightsConfig(Section):

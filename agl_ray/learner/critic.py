@@ -60,7 +60,7 @@ def value_model(path: str | Path, device: str = "cpu") -> Any:
 
 def token_values(model: Any, packed: Packed) -> torch.Tensor:
     """float32 [N]: what `model` expects to be earned from token t on, seeing the tokens before it in its row; 0 where `packed.weights` is 0."""
-    device = model.device
+    device = fsdp.device_of(model)
     where, _, before = packed.predicted
     with rows_apart(model, packed) as apart:
         made = model(
@@ -89,11 +89,12 @@ class Critic:
     ) -> None:
         self.config, self.algorithm, self.dtype = config.critic, algorithm, dtype
         self.world_size = world_size
-        self.model = value_model(model_path, device)
+        offload = config.cpu_offload
+        self.model = value_model(model_path, fsdp.loading_device(device, offload))
         if config.gradient_checkpointing:
             recompute_layers(self.model)
-        if world_size > 1:
-            fsdp.shard(self.model, dtype)
+        if world_size > 1 or offload:
+            fsdp.shard(self.model, dtype, device, offload)
         self.optimizer = optim.make_optimizer(self.model, config.critic)
         self.updates = 0
 
@@ -141,7 +142,7 @@ class Critic:
     @torch.no_grad()
     def _of_all(self, streams: Iterable[tuple[Packed, torch.Tensor]], number: int) -> Array:
         """float64 [K] on every rank, from the streams [N] of the micro-batches that each has."""
-        values = torch.zeros(number, dtype=torch.float32, device=self.model.device)
+        values = torch.zeros(number, dtype=torch.float32, device=fsdp.device_of(self.model))
         for micro, stream in streams:
             where = np.flatnonzero(micro.weights)
             place = torch.from_numpy(micro.columns["place"][where].astype(np.int64))
@@ -172,7 +173,7 @@ class Critic:
         return {"advantages": advantages, "returns": returns, "old_values": values}, seen
 
     def _learn(self, updates: list[Update]) -> dict[str, float]:
-        sums = torch.zeros(3, dtype=torch.float64, device=self.model.device)
+        sums = torch.zeros(3, dtype=torch.float64, device=fsdp.device_of(self.model))
         norms = []
         for update in updates * self.config.epochs:
             for micro in update.micros:

@@ -1,4 +1,7 @@
-"""Sharding over ranks (FSDP2) and the ranks' process group. With one rank there is neither.
+"""Sharding over ranks (FSDP2) and the ranks' process group. With one rank there is neither, unless its weights lie in the machine's memory.
+
+`learner.cpu_offload` is FSDP2's CPUOffloadPolicy: weights, gradients and the optimiser's state lie in the machine's memory (pinned), each layer's
+weights are copied to the GPU for its turn, and the update runs on the CPU. What of it runs without a GPU is tested; it has not been run on one.
 
 The one file that knows torch's FSDP2 (tested with torch 2.13). Called by learner/step.py and, for the group, by actors/learner.py. Test it
 alone with tests/integration/test_learner_ranks.py, which starts two real processes.
@@ -15,19 +18,34 @@ import torch
 import torch.distributed as dist
 
 from agl_ray.learner.recompute import decoder_layers
+from agl_ray.types.errors import ConfigError
 
 
 def join_group(
-    rank: int, world_size: int, address: str, port: int, device: str, seconds: float
+    rank: int,
+    world_size: int,
+    address: str,
+    port: int,
+    device: str,
+    seconds: float,
+    offload: bool = False,
 ) -> None:
-    """Join the ranks' group; every collective of it fails after `seconds`, or at once when a Gloo peer's process is gone."""
+    """Join the ranks' group; every collective of it fails after `seconds`, or at once when a Gloo peer's process is gone. offload: the group
+    also adds up tensors in the machine's memory (`learner.cpu_offload`)."""
     dist.init_process_group(
-        "nccl" if device.startswith("cuda") else "gloo",
+        backend_of(device, offload),
         init_method=f"tcp://{address}:{port}",
         rank=rank,
         world_size=world_size,
         timeout=timedelta(seconds=seconds),
     )
+
+
+def backend_of(device: str, offload: bool = False) -> str:
+    """Torch's name for what carries the collectives."""
+    if not device.startswith("cuda"):
+        return "gloo"
+    return "cpu:gloo,cuda:nccl" if offload else "nccl"
 
 
 def leave_group() -> None:
@@ -42,25 +60,56 @@ def barrier() -> None:
         dist.barrier()
 
 
-def shard(model: Any, dtype: torch.dtype) -> None:
-    """Shard `model` in place over the group: each decoder layer, then the rest. `dtype` is the compute format; parameters and reductions stay float32."""
-    from torch.distributed.device_mesh import init_device_mesh
-    from torch.distributed.fsdp import MixedPrecisionPolicy, fully_shard
+def loading_device(device: str, offload: bool) -> str:
+    """Where a model that computes on `device` is loaded to. ConfigError where its weights cannot lie elsewhere, since it computes on a CPU."""
+    if offload and not device.startswith("cuda"):
+        raise ConfigError(
+            f"learner.cpu_offload keeps weights out of a GPU's memory: expected a GPU to compute on, got {device}, where they are in the machine's "
+            "memory anyway; leave it out"
+        )
+    return "cpu" if offload else device
 
-    mesh = init_device_mesh(model.device.type, (dist.get_world_size(),))
+
+def shard(model: Any, dtype: torch.dtype, device: str | None = None, offload: bool = False) -> None:
+    """Shard `model` in place over the group: each decoder layer, then the rest. `dtype` is the compute format; parameters and reductions stay float32.
+
+    device: where it computes, None: where it is. offload: its shards, their gradients and what an optimiser makes of them stay in the machine's memory.
+    """
+    from torch.distributed.device_mesh import init_device_mesh
+    from torch.distributed.fsdp import (
+        CPUOffloadPolicy,
+        MixedPrecisionPolicy,
+        OffloadPolicy,
+        fully_shard,
+    )
+
+    kind = torch.device(device or model.device).type
+    mesh = init_device_mesh(kind, (dist.get_world_size(),))
     policy = MixedPrecisionPolicy(param_dtype=dtype, reduce_dtype=torch.float32)
     if dtype == torch.float32:
         policy = MixedPrecisionPolicy()
+    # Only with a GPU does torch pin memory, and only its copies gain by it.
+    where = CPUOffloadPolicy(pin_memory=kind == "cuda") if offload else OffloadPolicy()
     for layer in decoder_layers(model):
-        fully_shard(layer, mesh=mesh, mp_policy=policy)
-    fully_shard(model, mesh=mesh, mp_policy=policy)
+        fully_shard(layer, mesh=mesh, mp_policy=policy, offload_policy=where)
+    fully_shard(model, mesh=mesh, mp_policy=policy, offload_policy=where)
+
+
+def device_of(model: Any) -> torch.device:
+    """Where `model` computes, which may be elsewhere than where its weights are (`learner.cpu_offload`)."""
+    parameter = next(model.parameters())
+    mesh = getattr(parameter, "device_mesh", None)
+    if mesh is None or mesh.device_type == parameter.device.type:
+        return torch.device(parameter.device)
+    return torch.device(mesh.device_type, torch.cuda.current_device())
 
 
 @contextmanager
 def compute_in(model: Any, dtype: torch.dtype) -> Iterator[None]:
     """The forward pass in `dtype`: FSDP does it itself where the model is sharded, autocast where it is not."""
     sharded = dist.is_initialized()
-    with torch.autocast(model.device.type, dtype, enabled=not sharded and dtype != torch.float32):
+    kind = device_of(model).type
+    with torch.autocast(kind, dtype, enabled=not sharded and dtype != torch.float32):
         yield
 
 

@@ -143,9 +143,10 @@ def token_outputs(model: Any, packed: Packed, *, entropy: bool = False) -> Token
     """
     import torch
 
+    from agl_ray.learner.fsdp import device_of
     from agl_ray.learner.head import head_gives_logprobs
 
-    device = model.device
+    device = device_of(model)
     where, ids, before = packed.predicted
     targets = torch.from_numpy(ids).to(device)
     temperature = packed.columns.get("temperature")
@@ -168,7 +169,7 @@ def token_outputs(model: Any, packed: Packed, *, entropy: bool = False) -> Token
 @contextmanager
 def rows_apart(model: Any, packed: Packed) -> Iterator[dict[str, Any]]:
     """Arguments for the model's forward that keep the rows apart; empty where transformers does it from position_ids."""
-    from agl_ray.learner import attention
+    from agl_ray.learner import attention, fsdp
 
     if model.config._attn_implementation != attention.NAME:
         if packed.shared.any():
@@ -179,4 +180,4 @@ def rows_apart(model: Any, packed: Packed) -> Iterator[dict[str, Any]]:
         yield {}
         return
     with attention.block_mask():
-        yield {"blocks": attention.blocks_of(packed.lengths, packed.shared, model.device)}
+        yield {"blocks": attention.blocks_of(packed.lengths, packed.shared, fsdp.device_of(model))}

@@ -49,6 +49,7 @@ def make_reference(
     *,
     world_size: int = 1,
     device: str = "cpu",
+    offload: bool = False,
 ) -> Reference | None:
     """The reference that `algorithm.kl` asks for, None where it asks for none. policy: the model that is trained. model_path: the run's base model. base: where the folder that
     `config.reference` names is looked up too."""
@@ -57,7 +58,9 @@ def make_reference(
     folder = reference_folder(config, base or Path.cwd())
     if folder is None and lora.has_adapters(policy):
         return AdaptersOff(policy, dtype)
-    return FrozenModel(model_path, folder, dtype=dtype, world_size=world_size, device=device)
+    return FrozenModel(
+        model_path, folder, dtype=dtype, world_size=world_size, device=device, offload=offload
+    )
 
 
 class AdaptersOff:
@@ -84,15 +87,16 @@ class FrozenModel:
         dtype: torch.dtype,
         world_size: int = 1,
         device: str = "cpu",
+        offload: bool = False,
     ) -> None:
         saved = folder if folder is not None and (folder / POSITION).is_file() else None
         source = model_path if folder is None or saved else folder
         self.dtype = dtype
-        self.model = load_model(source, device)
+        self.model = load_model(source, fsdp.loading_device(device, offload))
         self.model.requires_grad_(False)
         _same_vocabulary(model_path, source)
-        if world_size > 1:
-            fsdp.shard(self.model, dtype)
+        if world_size > 1 or offload:
+            fsdp.shard(self.model, dtype, device, offload)
         if saved is not None:
             checkpoint.load_model_only(saved, self.model)
 

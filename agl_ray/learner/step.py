@@ -68,7 +68,7 @@ DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16}
 
 
 class Learner:
-    """One rank's model and optimiser. With `world_size` above 1 the ranks' group (fsdp.join_group) must be joined before.
+    """One rank's model and optimiser. With `world_size` above 1 or `config.cpu_offload` the ranks' group (fsdp.join_group) must be joined before.
 
     base: where files that `algorithm` names are looked up too. version: the weight version that it holds; 0 is the base model.
     updates: optimiser updates so far. critic: None where the algorithm needs none. kept: what the advantage function keeps from step to step, as of this version.
@@ -91,13 +91,14 @@ class Learner:
         self.model_path = Path(model_path)
         self.dtype = DTYPES[config.dtype]
         torch.manual_seed(seed + rank)
-        self.model = load_model(model_path, device)
+        offload = config.cpu_offload
+        self.model = load_model(model_path, fsdp.loading_device(device, offload))
         if config.lora is not None:
             lora.add_adapters(self.model, config.lora, seed)
         if config.gradient_checkpointing:
             recompute_layers(self.model)
-        if world_size > 1:
-            fsdp.shard(self.model, self.dtype)
+        if world_size > 1 or offload:
+            fsdp.shard(self.model, self.dtype, device, offload)
         self.reference = make_reference(
             algorithm.kl,
             self.model,
@@ -106,6 +107,7 @@ class Learner:
             self.dtype,
             world_size=world_size,
             device=device,
+            offload=offload,
         )
         self.optimizer = optim.make_optimizer(self.model, config)
         self.critic = None
@@ -133,7 +135,7 @@ class Learner:
                 f"training step {payload.step}: expected step {self.version + 1}, since the learner holds weight version "
                 f"{self.version}; load the checkpoint that belongs to the run's position"
             )
-        totals = _Totals(self.model.device)
+        totals = _Totals(fsdp.device_of(self.model))
         known = self._known(payload, totals)
         of_critic: dict[str, float] = {}
         if self.critic is not None:
@@ -170,7 +172,7 @@ class Learner:
                     streams["old_logprobs"] = self._outputs(micro).logprobs
         if self.reference is not None:
             # There in a step without signal too.
-            totals.add({}, {"kl_reference": torch.zeros((), device=self.model.device)})
+            totals.add({}, {"kl_reference": torch.zeros((), device=totals.device)})
             with totals.timed("reference"):
                 for micro, streams in work:
                     streams["reference_logprobs"] = self.reference.logprobs(micro)

@@ -269,3 +269,12 @@ def test_two_ranks_export_what_they_hold(folder: Path, tmp_path: Path) -> None:
     state = learner_ranks.run(2, "export", folder, target)[0]["state"]
     again = Learner(learner_ranks.ALGORITHM, LearnerConfig(), target).full_state()
     assert all(torch.equal(a[1], b[1]) for a, b in zip(state, again, strict=True))
+
+
+def test_offloaded_weights_learn_what_others_do(folder: Path) -> None:
+    """On CPU ranks, where FSDP2 copies nothing; micro-batches added up, clipped by the global norm, and gathered."""
+    plain, offloaded = (
+        learner_ranks.run(2, "offload", folder, offload)[0] for offload in (False, True)
+    )
+    for (name, left), (_, right) in zip(plain, offloaded, strict=True):
+        assert torch.equal(left, right), name
