@@ -140,12 +140,16 @@ class GatewayConfig(Section):
 class LearnerConfig(Section):
     world_size: Positive = 1
     """FSDP ranks (one Ray actor each)."""
+    optimizer: Literal["adamw", "muon"] = "adamw"
+    """muon (arXiv 2502.16982): matrices inside the layers are moved along their orthogonalised momentum (0.95, Nesterov), by updates of the size of
+    AdamW's; embeddings, output head, norms, biases and experts fused into one tensor by AdamW, as a critic. 4 bytes of state per matrix element
+    instead of 8; every rank gathers and orthogonalises each matrix whole, so that more ranks do not make the update faster. Refused with lora and cpu_offload."""
     lr: PositiveFloat = 2e-4
-    """AdamW learning rate, constant after warm-up."""
+    """Learning rate, constant after warm-up."""
     warmup_steps: NonNegative = 0
     """Linear warm-up in optimiser updates."""
     weight_decay: Annotated[float, Field(ge=0)] = 0.0
-    """AdamW weight decay."""
+    """Weight decay, apart from the gradient."""
     betas: tuple[Fraction, Fraction] = (0.9, 0.95)
     """AdamW betas."""
     max_grad_norm: PositiveFloat = 1.0
@@ -177,7 +181,15 @@ class LearnerConfig(Section):
     """Deadline of one update, of one checkpoint, of one restart."""
 
     @model_validator(mode="after")
-    def _has_a_gpu_to_spare(self) -> LearnerConfig:
+    def _fits_together(self) -> LearnerConfig:
+        if self.optimizer == "muon" and self.lora is not None:
+            raise ValueError(
+                "learner.optimizer muon orthogonalises whole matrices, and with learner.lora only their low-rank factors are trained; say adamw"
+            )
+        if self.optimizer == "muon" and self.cpu_offload:
+            raise ValueError(
+                "learner.optimizer muon multiplies matrices, which learner.cpu_offload would leave to the CPU; say adamw, or leave cpu_offload out"
+            )
         if self.cpu_offload and self.num_gpus == 0:
             raise ValueError(
                 "learner.cpu_offload keeps weights out of a GPU's memory, and with learner.num_gpus 0 they are in the machine's memory anyway; "

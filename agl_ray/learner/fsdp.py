@@ -135,6 +135,15 @@ def gather_columns(values: torch.Tensor) -> tuple[int, torch.Tensor]:
     return sum(counts[: dist.get_rank()]), torch.cat(cut, dim=1)
 
 
+def part_like(tensor: torch.Tensor, sharded: torch.Tensor) -> torch.Tensor:
+    """This rank's part of a whole `tensor` that all ranks have, sharded as `sharded` is; itself where that is not. Nothing is sent."""
+    from torch.distributed.tensor import DTensor, distribute_tensor
+
+    if not isinstance(sharded, DTensor):
+        return tensor
+    return distribute_tensor(tensor, sharded.device_mesh, sharded.placements, src_data_rank=None)
+
+
 def whole(tensor: torch.Tensor) -> torch.Tensor:
     """A sharded tensor gathered from all ranks (all must call); any other as it is."""
     full = getattr(tensor, "full_tensor", None)

@@ -1,27 +1,38 @@
-"""AdamW (arXiv 1711.05101), linear warm-up to a constant rate, clipping by the global norm.
+"""AdamW (arXiv 1711.05101) or Muon (learner/muon.py), linear warm-up to a constant rate, clipping by the global norm.
 
 Called by learner/step.py and learner/critic.py. Test it alone with tests/unit/test_learner_step.py.
 """
 
 from __future__ import annotations
 
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, Literal
 
 import torch
 
-from agl_ray.learner import fsdp
+from agl_ray.learner import fsdp, muon
 
 if TYPE_CHECKING:
     from agl_ray.config.critic import CriticConfig
     from agl_ray.config.models import LearnerConfig
 
 
-def make_optimizer(model: Any, config: LearnerConfig | CriticConfig) -> torch.optim.AdamW:
-    """Of the parameters that are trained: all, or the adapters alone (learner/lora.py)."""
+def make_optimizer(
+    model: Any, config: LearnerConfig | CriticConfig, kind: Literal["adamw", "muon"] = "adamw"
+) -> torch.optim.Optimizer:
+    """Of the parameters that are trained: all, or the adapters alone (learner/lora.py). muon: for the matrices inside the layers, the rest by AdamW."""
+    chosen = muon.matrices(model) if kind == "muon" else set()
     trained = [parameter for parameter in model.parameters() if parameter.requires_grad]
-    return torch.optim.AdamW(
-        trained, lr=config.lr, betas=config.betas, weight_decay=config.weight_decay
+    adamw = torch.optim.AdamW(
+        [parameter for parameter in trained if parameter not in chosen],
+        lr=config.lr,
+        betas=config.betas,
+        weight_decay=config.weight_decay,
     )
+    if not chosen:
+        return adamw
+    ordered = [parameter for parameter in trained if parameter in chosen]
+    of_matrices = muon.ShardedMuon(ordered, lr=config.lr, weight_decay=config.weight_decay)
+    return muon.MuonAndAdamW(of_matrices, adamw)
 
 
 def learning_rate(config: LearnerConfig | CriticConfig, update: int) -> float:

@@ -109,7 +109,7 @@ class Learner:
             device=device,
             offload=offload,
         )
-        self.optimizer = optim.make_optimizer(self.model, config)
+        self.optimizer = optim.make_optimizer(self.model, config, config.optimizer)
         self.critic = None
         if not self.algorithm.needs_critic and config.critic != type(config.critic)():
             raise ConfigError(

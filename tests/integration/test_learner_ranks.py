@@ -46,7 +46,13 @@ def assert_close(one: dict[str, Any], other: dict[str, Any], atol: float = 1e-5)
 
 
 @pytest.mark.parametrize(
-    "settings", [{}, {"minibatches": 3, "weight_decay": 0.1}, {"tokens_per_microbatch": 1}]
+    "settings",
+    [
+        {},
+        {"minibatches": 3, "weight_decay": 0.1},
+        {"tokens_per_microbatch": 1},
+        {"optimizer": "muon", "weight_decay": 0.1},
+    ],
 )
 def test_two_ranks_equal_one(folder: Path, settings: dict[str, Any]) -> None:
     (one,) = learner_ranks.run(1, "train", folder, (1, 6), settings)
@@ -211,16 +217,18 @@ def test_a_resumed_run_gives_the_same_losses(folder: Path, tmp_path: Path, world
         assert torch.equal(left, right)
 
 
-@pytest.mark.parametrize(("before", "after"), [(2, 1), (1, 2)])
+@pytest.mark.parametrize(
+    ("before", "after", "settings"), [(2, 1, {}), (1, 2, {}), (2, 1, {"optimizer": "muon"})]
+)
 def test_a_checkpoint_is_read_by_another_number_of_ranks(
-    folder: Path, tmp_path: Path, before: int, after: int
+    folder: Path, tmp_path: Path, before: int, after: int, settings: dict[str, Any]
 ) -> None:
     path = tmp_path / "step-2"
-    saved = learner_ranks.run(before, "train", folder, (1, 3), {}, None, path)[0]
-    loaded = learner_ranks.run(after, "train", folder, (3, 5), {}, path)[0]
+    saved = learner_ranks.run(before, "train", folder, (1, 3), settings, None, path)[0]
+    loaded = learner_ranks.run(after, "train", folder, (3, 5), settings, path)[0]
     for (name, left), (_, right) in zip(saved["state"], loaded["loaded"], strict=True):
         assert torch.equal(left, right), name
-    on = learner_ranks.run(before, "train", folder, (3, 5), {}, path)[0]
+    on = learner_ranks.run(before, "train", folder, (3, 5), settings, path)[0]
     assert_close(on, loaded)
 
 
