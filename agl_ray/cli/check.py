@@ -39,12 +39,13 @@ def check(config: Config = None, overrides: Overrides = None) -> None:
     from agl_ray.ops.run_folder import base_of
 
     loaded = load_config(config, overrides or []) if config else None
+    base = base_of(Path(config)) if config else None
     findings = []
-    for finding in machine_findings(loaded):
+    for finding in machine_findings(loaded, base):
         findings.append(finding)
         show(finding)
-    if config and loaded:
-        for finding in config_findings(loaded, base_of(Path(config))):
+    if loaded and base:
+        for finding in config_findings(loaded, base):
             findings.append(finding)
             show(finding)
     problems = sum(finding.state == "problem" for finding in findings)

@@ -15,7 +15,7 @@ import shutil
 import socket
 import sys
 import tempfile
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
 from pathlib import Path
 from typing import Literal, NamedTuple
 
@@ -40,13 +40,13 @@ class Finding(NamedTuple):
     mend: str = ""
 
 
-def machine_findings(config: RunConfig | None) -> Iterator[Finding]:
-    """The findings about this machine for a run of `config` (None: for one with default settings)."""
+def machine_findings(config: RunConfig | None, base: Path | None = None) -> Iterator[Finding]:
+    """The findings about this machine for a run of `config` (None: for one with default settings). base: folder of the configuration file."""
     yield python_version()
     yield from versions()
     yield torch_build(wants_gpu(config))
     yield threads(os.environ.get("OMP_NUM_THREADS"), os.cpu_count() or 1)
-    yield memory(needed_gib(config), available_gib())
+    yield memory(needed_gib(config, base), available_gib())
     yield from disks(config)
     yield shared_memory(config)
     yield temp_path(ray_temp_dir())
@@ -159,13 +159,19 @@ def threads(setting: str | None, cores: int) -> Finding:
     return Finding(name, "ok", f"{cores} cores, OMP_NUM_THREADS {setting or 'not set'}")
 
 
-def memory(needed: float, available: float | None) -> Finding:
+def memory(needs: Mapping[str, float], available: float | None) -> Finding:
+    """needs: GiB by part of the run; those of which a run has a second and a third model, critic and reference, are parts of their own."""
+    needed = sum(needs.values())
+    parts = ", ".join(f"{name} {gib:.1f}" for name, gib in needs.items())
+    words = f"a run needs about {needed:.1f} GiB ({parts})"
     if available is None:
-        return Finding("memory", "note", f"not known; a run needs about {needed:.1f} GiB")
-    words = f"{available:.1f} GiB available, a run needs about {needed:.1f} GiB"
+        return Finding("memory", "note", f"not known; {words}", "see to it that there is so much")
+    words = f"{available:.1f} GiB available, {words}"
     if available >= needed:
         return Finding("memory", "ok", words)
     mend = "end other programs, or make engine.replicas, learner.world_size, runners.num_runners (max_runners) smaller"
+    if "reference" in needs:
+        mend += "; with learner.lora the reference `base` needs no second model"
     return Finding("memory", "problem", words, mend)
 
 

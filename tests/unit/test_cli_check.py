@@ -28,7 +28,7 @@ def folder(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
     monkeypatch.chdir(tmp_path)
     monkeypatch.delenv("RAY_ADDRESS", raising=False)
     # What the machine lacks is another test's matter.
-    monkeypatch.setattr("agl_ray.ops.check.machine_findings", lambda config: iter(()))
+    monkeypatch.setattr("agl_ray.ops.check.machine_findings", lambda *_: iter(()))
     return tmp_path
 
 

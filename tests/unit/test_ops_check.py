@@ -2,15 +2,19 @@
 
 from __future__ import annotations
 
+import json
 import os
 import socket
+import struct
 from pathlib import Path
+from typing import Any
 
 import pytest
 
 from agl_ray.config import RunConfig
 from agl_ray.ops import check
 from agl_ray.ops.memory import available_gib, needed_gib
+from agl_ray.types import InputError
 
 
 @pytest.fixture
@@ -57,11 +61,14 @@ def test_threads() -> None:
 
 
 def test_memory(tmp_path: Path, config: RunConfig) -> None:
-    assert check.memory(5.0, 8.0).state == "ok"
-    assert check.memory(5.0, 4.0).state == "problem"
-    assert check.memory(5.0, None).state == "note"
+    needs = {"learner": 3.0, "critic": 2.0}
+    enough = check.memory(needs, 8.0)
+    assert enough.state == "ok"
+    assert enough.text == "8.0 GiB available, a run needs about 5.0 GiB (learner 3.0, critic 2.0)"
+    assert check.memory(needs, 4.0).state == "problem"
+    assert check.memory(needs, None).state == "note"
     two = config.model_copy(update={"engine": config.engine.model_copy(update={"replicas": 2})})
-    assert needed_gib(two) > needed_gib(config) >= needed_gib(None) > 1
+    assert total(two) > total(config) >= total(None) > 1
     meminfo = tmp_path / "meminfo"
     meminfo.write_text("MemTotal: 8388608 kB\nMemAvailable: 4194304 kB\n")
     assert available_gib(meminfo, tmp_path) == 4.0
@@ -71,6 +78,45 @@ def test_memory(tmp_path: Path, config: RunConfig) -> None:
     (tmp_path / "memory.max").write_text("max\n")
     assert available_gib(meminfo, tmp_path) == 4.0
     assert available_gib(tmp_path / "nothing", tmp_path) is None
+
+
+def total(config: RunConfig | None) -> float:
+    return sum(needed_gib(config).values())
+
+
+def test_the_memory_of_critic_and_reference(tmp_path: Path) -> None:
+    """Of a model of 2**28 parameters: 1 GiB as float32."""
+    header = json.dumps({"__metadata__": {"format": "pt"}, "w": {"shape": [2**14, 2**14]}}).encode()
+    (tmp_path / "m").mkdir()
+    (tmp_path / "m" / "model.safetensors").write_bytes(struct.pack("<Q", len(header)) + header)
+
+    def needs(**sections: Any) -> dict[str, float]:
+        given = {"model": {"path": "m"}, "rollout": {"min_group": 2}, **sections}
+        return needed_gib(RunConfig.model_validate(given), tmp_path)
+
+    plain = needs()
+    assert plain["learner"] == pytest.approx(
+        0.8 + 4 + 1
+    )  # weights, gradient, two moments; a copy to send
+    assert plain["engines"] == pytest.approx(2.6 + 0.25 + 1)
+    assert plain.keys() == {"services", "engines", "learner", "runners"}
+    ppo = {"name": "ppo", "kl": {"coefficient": 0.1}}
+    three = needs(algorithm=ppo)
+    assert (three["critic"], three["reference"]) == (pytest.approx(4.0), pytest.approx(1.0))
+    adapters = needs(algorithm=ppo, learner={"lora": {}})
+    assert "reference" not in adapters
+    assert (adapters["learner"], adapters["critic"]) == (pytest.approx(2.8), pytest.approx(4.0))
+    assert needs(learner={"optimizer": "muon"})["learner"] == pytest.approx(4.8)
+    on_gpu = needs(algorithm=ppo, learner={"num_gpus": 1.0})
+    assert (on_gpu["critic"], on_gpu["reference"]) == (0.0, 0.0)
+    offloaded = needs(algorithm=ppo, learner={"num_gpus": 1.0, "cpu_offload": True})
+    assert (offloaded["critic"], offloaded["learner"]) == (pytest.approx(4.0), pytest.approx(5.8))
+    finding = check.memory(three, 5.0)
+    assert "learner 5.8, critic 4.0, reference 1.0" in finding.text
+    assert "reference `base` needs no second model" in finding.mend
+    (tmp_path / "m" / "model.safetensors").write_bytes(b"torn")
+    with pytest.raises(InputError, match="expected a safetensors file"):
+        needs()
 
 
 def test_disks_and_shared_memory(tmp_path: Path, config: RunConfig) -> None:
