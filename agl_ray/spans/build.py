@@ -17,6 +17,21 @@ _NAMES = frozenset(SPAN_SCHEMA.names)
 _TYPES = [(field.name, field.type) for field in SPAN_SCHEMA]
 _PACKED = {"prompt_ids": "i", "response_ids": "i", "response_logprobs": "f"}
 """Columns of long lists of numbers -> how `struct` writes one of them."""
+_REPEATED = frozenset(
+    (
+        "rollout_id",
+        "attempt_id",
+        "name",
+        "kind",
+        "status",
+        "role",
+        "model",
+        "dialect",
+        "finish_reason",
+    )
+)
+"""Columns of text that is the same in span after span."""
+SHORT = 200  # characters of a text that is kept for the next span
 FEW = 8  # rows of a shared empty column: slices of a longer one would carry all its rows
 _MAPS = ("attributes", "resource")
 _JSON = ("events", "links")
@@ -50,12 +65,21 @@ def span_batch(rows: Sequence[Mapping[str, Any]]) -> pa.RecordBatch:
 
 
 def _column(name: str, kind: pa.DataType, rows: Sequence[Mapping[str, Any]]) -> pa.Array:
-    values = [_value(name, row.get(name)) for row in rows]
-    if name in _PACKED and len(values) == 1:
-        packed = _packed(kind, _PACKED[name], values[0])
-        if packed is not None:
-            return packed
-    return pa.array(values, kind)
+    if len(rows) == 1:
+        (value,) = (row.get(name) for row in rows)
+        if name in _REPEATED and type(value) is str and len(value) <= SHORT:
+            return _repeated(value)
+        if name in _PACKED:
+            packed = _packed(kind, _PACKED[name], value)
+            if packed is not None:
+                return packed
+    return pa.array([_value(name, row.get(name)) for row in rows], kind)
+
+
+@functools.lru_cache(maxsize=1024)
+def _repeated(value: str) -> pa.Array:
+    """A column of one short text: columns do not change, so that spans may share them."""
+    return pa.array([value], pa.string())
 
 
 @functools.lru_cache(maxsize=1024)
@@ -74,7 +98,8 @@ def _packed(kind: pa.DataType, code: str, values: Any) -> pa.Array | None:
     except (struct.error, OverflowError):
         return None
     numbers = pa.Array.from_buffers(kind.value_type, len(values), [None, pa.py_buffer(data)])
-    return pa.ListArray.from_arrays(pa.array([0, len(values)], pa.int32()), numbers, type=kind)
+    ends = pa.py_buffer(struct.pack("2i", 0, len(values)))
+    return pa.Array.from_buffers(kind, 1, [None, ends], children=[numbers])
 
 
 def _value(name: str, value: Any) -> Any:

@@ -21,6 +21,7 @@ from agl_ray.store.journals.base import AttemptKey, SpanRow
 from agl_ray.types import InputError, StoreError
 
 SCHEMA_PRINT = hashlib.sha256(SPAN_SCHEMA.to_string().encode()).hexdigest()[:16]
+FEW = 8  # rows below which Arrow's `unique` costs more than it saves
 SEQUENCE = SPAN_SCHEMA.get_field_index("sequence_id")
 
 
@@ -48,7 +49,8 @@ def pack(batch: pa.RecordBatch | bytes, key: AttemptKey) -> tuple[bytes, int]:
     if batch.num_rows == 0:
         raise InputError("span batch: expected one row or more, got none")
     for column, (name, value) in enumerate(zip(("rollout_id", "attempt_id"), key, strict=True)):
-        others = set(batch.column(column).unique().to_pylist()) - {value}
+        given = batch.column(column)
+        others = set((given if len(given) <= FEW else given.unique()).to_pylist()) - {value}
         if others:
             raise InputError(
                 f"span batch: {name} is {value!r} in the call and {others.pop()!r} in a row"
