@@ -26,7 +26,7 @@ export HF_HUB_OFFLINE ?= 1
 export RAY_USAGE_STATS_ENABLED ?= 0
 
 .DEFAULT_GOAL := help
-.PHONY: help venv demo test test-fast test-frameworks lint typecheck fmt bench check locks clean
+.PHONY: help venv venv-verl demo test test-fast test-frameworks test-verl lint typecheck fmt bench check locks clean
 
 help: ## what can be made
 	@echo "make TARGET [PYTHON=python3.11] [SET=cpu|gpu] [SEED=0]"
@@ -64,6 +64,17 @@ test-fast: $(TESTED) ## the tests that need no minutes: unit, property, light in
 	@$(PYTHON) cluster/locks/install.py --lock $< --venv .venv-$*
 	@touch $@
 
+# Ranks of `learner.backend: verl` run in it; the project is in it too, and its Python and Ray are those of .venv.
+.venv-verl/.ready: cluster/locks/verl-env.lock pyproject.toml
+	@$(PYTHON) cluster/locks/install.py --lock $< --venv .venv-verl
+	@.venv-verl/bin/python -m pip install -q --no-deps --no-build-isolation --disable-pip-version-check -e .
+	@touch $@
+
+venv-verl: .venv-verl/.ready ## set up .venv-verl, the environment of learner.backend verl
+
+test-verl: $(TESTED) .venv-verl/.ready ## learner.backend verl: its engine against ours, and a whole run
+	$(PYTEST) tests/verl
+
 test-frameworks: $(READY) $(FRAMEWORKS) ## agents of other frameworks against the real gateway and engine
 	$(PYTEST) tests/frameworks
 
@@ -89,4 +100,4 @@ locks: ## compile cluster/locks/*.lock anew (needs uv and a package index)
 	$(PYTHON) cluster/locks/compile.py
 
 clean: ## remove .venv, caches and made models; runs/ stays
-	rm -rf $(VENV) .venv-frameworks .venv-crewai .cache .mypy_cache .pytest_cache .ruff_cache .hypothesis .import_linter_cache *.egg-info build dist
+	rm -rf $(VENV) .venv-frameworks .venv-crewai .venv-verl .cache .mypy_cache .pytest_cache .ruff_cache .hypothesis .import_linter_cache *.egg-info build dist

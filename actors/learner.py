@@ -34,8 +34,8 @@ from agl_ray.types.rollout import EndReason
 if TYPE_CHECKING:
     import pyarrow as pa
 
+    from agl_ray.learner.backend import Backend
     from agl_ray.learner.prepare import Payload
-    from agl_ray.learner.step import Learner
     from agl_ray.learner.teacher import Scores, Teacher
     from agl_ray.store.client import LightningStore
     from agl_ray.trajectory.batch import TrainBatch
@@ -87,7 +87,7 @@ class LearnerRank:
         self.base = Path(base)
         self.config = RunConfig.model_validate(config)
         self._turn = threading.Lock()
-        self._learner: Learner | None = None
+        self._learner: Backend | None = None
         self._sender: WeightSender | None = None
         self._teacher: Teacher | None = None
 
@@ -101,37 +101,19 @@ class LearnerRank:
 
     def setup(self, master_addr: str, master_port: int) -> dict[str, int]:
         """Check the teacher (on rank 0, where there is one), join the ranks' group and load the model. Returns the number of parameters and the process id."""
-        from agl_ray.learner import fsdp
-        from agl_ray.learner.step import Learner
-        from agl_ray.learner.teacher import Teacher
+        from agl_ray.learner.backend import Rank, open_backend
 
-        config = self.config.learner
-        if self.rank == 0 and self.config.algorithm.teacher is not None:
-            self._teacher = Teacher(self.config.algorithm.teacher, config.max_row_tokens)
+        teacher = self.config.algorithm.teacher
+        if self.rank == 0 and teacher is not None:
+            from agl_ray.learner.teacher import Teacher
+
+            self._teacher = Teacher(teacher, self.config.learner.max_row_tokens)
             asyncio.run(self._teacher.check(Path(self.model_path)))
-        device = "cuda" if config.num_gpus else "cpu"
-        if self.world_size > 1 or config.cpu_offload:
-            fsdp.join_group(
-                self.rank,
-                self.world_size,
-                master_addr,
-                master_port,
-                device,
-                config.step_timeout_seconds,
-                config.cpu_offload,
-            )
-        self._learner = Learner(
-            self.config.algorithm,
-            config,
-            self.model_path,
-            seed=self.seed,
-            rank=self.rank,
-            world_size=self.world_size,
-            device=device,
-            base=self.base,
+        rank = Rank(self.rank, self.world_size, master_addr, master_port)
+        self._learner = open_backend(
+            self.config, self.model_path, rank, seed=self.seed, base=self.base
         )
-        parameters = sum(p.numel() for p in self._learner.model.parameters())
-        return {"parameters": parameters, "pid": os.getpid()}
+        return {"parameters": self._learner.num_parameters, "pid": os.getpid()}
 
     def version(self) -> int:
         """The weight version that this rank holds."""
@@ -257,7 +239,7 @@ class LearnerRank:
         cause = str(error).splitlines()[0]
         return PeerLost(f"learner rank {self.rank} lost another rank while {doing}: {cause}")
 
-    def _ready(self) -> Learner:
+    def _ready(self) -> Backend:
         if self._learner is None:
             raise RunError(f"learner rank {self.rank}: expected setup to be called first")
         return self._learner

@@ -18,6 +18,8 @@ from ray.util.scheduling_strategies import PlacementGroupSchedulingStrategy
 
 from actors.learner import LearnerRank, PeerLost
 from agl_ray.config import RunConfig
+from agl_ray.config.models import LearnerConfig
+from agl_ray.learner.verl_env import check_environment, python_of
 from agl_ray.store import LightningStore
 from agl_ray.trajectory.batch import TrainBatch
 from agl_ray.types import RunError, replace
@@ -25,6 +27,14 @@ from agl_ray.waits import wait
 
 START = 180.0  # seconds for the ranks to be placed, import torch and load the model
 CHECKPOINT = "step-{step:06d}"
+
+
+def runtime_env(config: LearnerConfig) -> dict[str, Any]:
+    """What Ray starts a rank with: for verl the Python of its own environment."""
+    made: dict[str, Any] = {"env_vars": {"OMP_NUM_THREADS": "1"}}
+    if config.backend == "verl":
+        made["py_executable"] = str(python_of(config.verl_env))
+    return made
 
 
 class LearnerLost(RunError):
@@ -64,6 +74,8 @@ class LearnerGroup:
             seconds=START,
             hint="the cluster has too few free CPUs or GPUs",
         )
+        if settings.backend == "verl":
+            await self._check_environments(settings.verl_env)
         self._generation += 1
         suffix = "" if self._generation == 1 else f"-{self._generation}"
         self.ranks = [
@@ -75,10 +87,8 @@ class LearnerGroup:
                 num_gpus=settings.num_gpus,
                 max_restarts=0,
                 max_concurrency=4,
-                scheduling_strategy=PlacementGroupSchedulingStrategy(
-                    placement_group=self._placement, placement_group_bundle_index=rank
-                ),
-                runtime_env={"env_vars": {"OMP_NUM_THREADS": "1"}},
+                scheduling_strategy=self._in_bundle(rank),
+                runtime_env=runtime_env(settings),
             )
             .remote(
                 rank,
@@ -92,6 +102,21 @@ class LearnerGroup:
         ]
         host, port = await self._one(self.rank0.address.remote(), "learner rank 0's address", START)
         await self._all("setup", host, port, seconds=START)
+
+    async def _check_environments(self, folder: str) -> None:
+        """On the node of each rank; ConfigError says what is wrong with the environment there."""
+        checks = [
+            ray.remote(check_environment)
+            .options(num_cpus=0, scheduling_strategy=self._in_bundle(rank))
+            .remote(folder)
+            for rank in range(self.config.learner.world_size)
+        ]
+        await self._gather(checks, f"the nodes of the learner to look at {folder}", START)
+
+    def _in_bundle(self, rank: int) -> PlacementGroupSchedulingStrategy:
+        return PlacementGroupSchedulingStrategy(
+            placement_group=self._placement, placement_group_bundle_index=rank
+        )
 
     async def load_newest(self, at_most: int) -> int:
         """Load the newest whole checkpoint of a step <= `at_most` and return that step (0: the base model)."""

@@ -43,6 +43,7 @@ from agl_ray.config.roles import endpoint_keys
 from agl_ray.config.store_address import store_url
 from agl_ray.gateway.conversation import conversation
 from agl_ray.gateway.engine_api import GenerateRequest
+from agl_ray.learner.verl_env import check_environment
 from agl_ray.ops.curves import draw_curves
 from agl_ray.ops.display import Display
 from agl_ray.ops.events import Done, Notice, Progress
@@ -110,6 +111,8 @@ class RunSession:
         url = store_url(self.config.store.url, self.folder)
         if cluster_address(self.config) is None:
             check_vllm()  # elsewhere the engine's own node says so
+            if self.config.learner.backend == "verl":
+                check_environment(self.config.learner.verl_env)
         self._stack.enter_context(
             joined(self.config, self.namespace, serve_environment(self.config))
         )

@@ -25,6 +25,7 @@ from agl_ray.config.model_folder import cached_model, check_model_folder
 from agl_ray.config.roles import located_roles
 from agl_ray.config.rows import load_rows
 from agl_ray.config.store_address import VARIABLE as DATABASE_URL
+from agl_ray.config.verl import located_environment
 from agl_ray.ops.display import Display, make_display
 from agl_ray.ops.events import Notice, Phase
 from agl_ray.ops.log import setup_logging
@@ -98,7 +99,9 @@ class Trainer:
             check_model_folder(Path(self.config.model.path))
         roles = located_roles(self.config.roles, self.base)
         algorithm = located_reference(self.config.algorithm, self.base)
-        self.config = self.config.model_copy(update={"roles": roles, "algorithm": algorithm})
+        learner = located_environment(self.config.learner, self.base)
+        found = {"roles": roles, "algorithm": algorithm, "learner": learner}
+        self.config = self.config.model_copy(update=found)
         self.config = _located(self.config)
         folder = Path(resume).resolve() if resume else make_run_folder(self.config, self.base)
         (folder / "config.json").write_text(resolved_json(self.config))

@@ -25,6 +25,7 @@ from agl_ray.config.store_address import without_keys
 from agl_ray.config.teacher import check_temperature
 from agl_ray.config.tracing import TracingConfig
 from agl_ray.config.trajectory import TrajectoryConfig
+from agl_ray.config.verl import check_verl
 
 
 class ModelConfig(Section):
@@ -138,6 +139,11 @@ class GatewayConfig(Section):
 
 
 class LearnerConfig(Section):
+    backend: Literal["native", "verl"] = "native"
+    """Who computes. native: torch and our own losses (agl_ray/learner/step.py). verl: verl's FSDP2 engine, its policy losses and its checkpoints, in
+    the environment `verl_env`, for whoever runs verl already; what it does not do (agl_ray/config/verl.py) is refused."""
+    verl_env: str = ".venv-verl"
+    """backend verl: folder of the Python environment that its ranks run in (`make venv-verl`), on every node that has one of them."""
     world_size: Positive = 1
     """FSDP ranks (one Ray actor each)."""
     optimizer: Literal["adamw", "muon"] = "adamw"
@@ -343,6 +349,7 @@ class RunConfig(Section):
                 "2 or more"
             )
         check_temperature(self.algorithm.teacher, self.rollout.temperature)
+        check_verl(self)
         check_baseline(self.algorithm, self.credit, self.learner.critic, self.rollout.min_group)
         if self.weights.transport == "nccl" and not (
             self.engine.num_gpus and self.learner.num_gpus

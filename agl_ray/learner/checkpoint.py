@@ -73,6 +73,10 @@ def load(
             f"checkpoint {folder}: expected a folder with {POSITION}, found none; it is not a checkpoint, or its saving was interrupted"
         )
     position: dict[str, Any] = json.loads((folder / POSITION).read_text())
+    if position.get("backend", "native") != "native":
+        raise InputError(
+            f"checkpoint {folder}: expected one of learner.backend native, got {position['backend']}; resume with what wrote it"
+        )
     lora.check_same(folder, position.pop(ADAPTERS, None), lora.identity(model))
     reader = dcp.FileSystemReader(folder)
     stored = reader.read_metadata().state_dict_metadata.keys()

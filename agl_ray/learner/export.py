@@ -2,7 +2,7 @@
 
 With adapters (learner.lora) the model is the merged one, and its folder `adapter` holds the adapters alone in peft's format.
 
-Called by learner/step.py and learner/sft_run.py. Test it alone with tests/unit/test_learner_export.py.
+Called by learner/step.py and learner/sft_run.py and, in parts, by learner/verl_engine.py. Test it alone with tests/unit/test_learner_export.py.
 """
 
 from __future__ import annotations
@@ -37,12 +37,9 @@ def export(model: Any, source: Path, path: str | Path, *, write: bool = True) ->
         return
     target = Path(path)
     partial = new_partial(target)
-    for pattern in TOKENIZER_PATTERNS:
-        for file in sorted(source.glob(pattern)):
-            if file.is_file():
-                shutil.copyfile(file, partial / file.name)
+    copy_tokenizer(source, partial)
     model.config.save_pretrained(partial)
-    _save_tensors(state, partial)
+    save_tensors(state, partial)
     if adapters:
         lora.write_adapter(model, adapters, partial / ADAPTER_FOLDER)
     put_in_place(partial, target)
@@ -59,7 +56,16 @@ def export_adapter(model: Any, path: str | Path, *, write: bool = True) -> None:
     put_in_place(partial, target)
 
 
-def _save_tensors(state: dict[str, Any], folder: Path) -> None:
+def copy_tokenizer(source: Path, folder: Path) -> None:
+    """The tokenizer files of the folder `source`, byte for byte."""
+    for pattern in TOKENIZER_PATTERNS:
+        for file in sorted(source.glob(pattern)):
+            if file.is_file():
+                shutil.copyfile(file, folder / file.name)
+
+
+def save_tensors(state: dict[str, Any], folder: Path) -> None:
+    """Whole CPU tensors by name, as safetensors."""
     from huggingface_hub import save_torch_state_dict
 
     save_torch_state_dict(state, folder, max_shard_size="5GB")

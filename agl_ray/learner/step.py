@@ -1,6 +1,6 @@
 """The learner of one rank: model, optimiser, and one training step. Plain torch; one process is enough.
 
-Called by actors/learner.py; blind to algorithms (algorithms/base.py) and to where rows come from (learner/prepare.py). Test it alone with
+Called by learner/backend.py; blind to algorithms (algorithms/base.py) and to where rows come from (learner/prepare.py). Test it alone with
 tests/unit/test_learner_step.py. Legend: T tokens of one micro-batch.
 """
 
@@ -122,6 +122,11 @@ class Learner:
         self.version = 0
         self.updates = 0
         self.kept: dict[str, float] = {}
+
+    @property
+    def num_parameters(self) -> int:
+        """Of the whole model, over all ranks."""
+        return sum(parameter.numel() for parameter in self.model.parameters())
 
     # --- one step ------------------------------------------------------------------------------
 

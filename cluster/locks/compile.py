@@ -1,8 +1,9 @@
-"""Compile cluster/locks/cpu.lock, gpu.lock and test.lock anew from pyproject.toml, cpu.in, gpu.in and cpu.override, and
-frameworks.lock and crewai.lock from frameworks.in and crewai.in.
+"""Compile cluster/locks/cpu.lock, gpu.lock and test.lock anew from pyproject.toml, cpu.in, gpu.in and cpu.override, verl-env.lock from
+pyproject.toml and verl-env.in, and frameworks.lock and crewai.lock from frameworks.in and crewai.in.
 
 test.lock holds what the extra `test` adds to cpu.lock; `make test` installs it on top. frameworks.lock and crewai.lock stand
-alone: `make test-frameworks` installs them into environments of their own, and nothing of ours with them.
+alone: `make test-frameworks` installs them into environments of their own, and nothing of ours with them. verl-env.lock is the environment of
+`learner.backend: verl` (`make venv-verl`): what agl_ray asks for without its extras, and verl.
 
 `make locks` calls it; it needs `uv` on the path (`pip install uv`), and for the CPU lock an index or folder with torch's
 CPU wheels (UV_FIND_LINKS or UV_EXTRA_INDEX_URL). The old lock is the preference, so only what must move moves. `+cpu` is
@@ -18,10 +19,11 @@ from pathlib import Path
 HERE = Path(__file__).resolve().parent
 PYTHON = "3.11"
 ALONE = ("frameworks", "crewai")  # locks that have nothing of ours
+PLAIN = ("verl-env",)  # locks that have none of our extras
 
 
 def main() -> int:
-    for name in sys.argv[1:] or ["cpu", "gpu", "test", *ALONE]:
+    for name in sys.argv[1:] or ["cpu", "gpu", "test", *PLAIN, *ALONE]:
         lock = HERE / f"{name}.lock"
         head = [line for line in lock.read_text().splitlines() if line.startswith("#")]
         pins = _resolve("cpu", lock, HERE / "cpu.lock") if name == "test" else _resolve(name, lock)
@@ -37,7 +39,9 @@ def _resolve(name: str, lock: Path, beneath: Path | None = None) -> list[str]:
     """
     command = ["uv", "pip", "compile", str(HERE / f"{name}.in")]
     if name not in ALONE:
-        command += ["pyproject.toml", "--extra", name, "--extra", "quickstart", "--extra", "dev"]
+        command += ["pyproject.toml"]
+    if name not in (*ALONE, *PLAIN):
+        command += ["--extra", name, "--extra", "quickstart", "--extra", "dev"]
     below: set[str] = set()
     if beneath is not None:
         below = set(_pins(beneath))
