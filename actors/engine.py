@@ -13,15 +13,17 @@ import logging
 import multiprocessing
 import os
 import time
-from collections.abc import AsyncGenerator
+from collections.abc import AsyncGenerator, Awaitable, Callable
 from contextlib import aclosing
 from pathlib import Path
 from typing import Any
 
 from actors.engine_vllm import (
+    adapter_settings,
     check_folder,
     check_vllm,
     engine_environment,
+    lora_request,
     sampling_params,
     start_vllm,
     to_chunk,
@@ -32,6 +34,9 @@ from agl_ray.config.models import EngineConfig, RunConfig
 from agl_ray.gateway.engine_api import GenerateChunk, GenerateRequest, GenerateResult
 from agl_ray.types.errors import EngineError, InputError
 from agl_ray.waits import wait
+
+Steps = tuple[tuple[str, Callable[[], Awaitable[Any]]], ...]
+"""(what, step) of applying a version, in order."""
 
 HEALTH_PERIOD_SECONDS = 2.0
 
@@ -106,7 +111,11 @@ class Engine:
         check_vllm()
         check_folder(Path(model_path))
         self.replica_id, rank = _replica_identity()
-        self._engine = start_vllm(config, model_path, seed=config.seed + rank)
+        # An engine of a frozen role has the weights of its folder and no adapters.
+        roles = config.adapters if follow else []
+        self._adapters = {role: number for number, role in enumerate(roles, start=1)}
+        self._lora = config.learner.lora
+        self._engine = start_vllm(config, model_path, config.seed + rank, self._adapters)
         self._max_model_len = config.engine.max_model_len
         self._version = 0
         self._failure: str | None = None
@@ -149,12 +158,15 @@ class Engine:
         if self._failure is not None:
             raise EngineError(self._failure)
         self._check_prompt(request)
-        params = sampling_params(request, stream=stream)
+        params, adapter = sampling_params(request, stream=stream), self._adapter_of(request)
         prompt = {"prompt_token_ids": request.prompt_ids}
         self._running += 1
         self._requests += 1
         try:
-            async for output in self._engine.generate(prompt, params, request.request_id):
+            answers = self._engine.generate(
+                prompt, params, request.request_id, lora_request=adapter
+            )
+            async for output in answers:
                 self._tokens += len(output.outputs[0].token_ids)
                 yield output
         except VLLMServerError as error:
@@ -167,6 +179,16 @@ class Engine:
             raise InputError(f"vLLM refuses call {request.request_id}: {error}") from error
         finally:
             self._running -= 1
+
+    def _adapter_of(self, request: GenerateRequest) -> Any:
+        """vLLM's name of the adapter that the request asks for; None where it asks for none."""
+        if request.adapter is None:
+            return None
+        if request.adapter not in self._adapters:
+            raise InputError(
+                f"call {request.request_id}: expected the adapter of one of the roles {', '.join(self._adapters) or '(none)'}, got {request.adapter}"
+            )
+        return lora_request(request.adapter, self._adapters[request.adapter], self._version)
 
     def _check_prompt(self, request: GenerateRequest) -> None:
         if not 0 < len(request.prompt_ids) < self._max_model_len:
@@ -224,15 +246,10 @@ class Engine:
 
         Calls in flight keep their tokens; their cached attention of the old weights is thrown away and computed anew, and so is the
         prefix cache, so that every later token is what the new weights alone would say."""
-        from vllm.distributed.weight_transfer.base import WeightTransferUpdateRequest
-
         engine, start = self._engine, time.monotonic()
-        update = WeightTransferUpdateRequest({"version": version})
         for what, step in (
             ("pause", lambda: engine.pause_generation(mode="keep", clear_cache=False)),
-            ("open its weights", engine.start_weight_update),
-            ("load the weights", lambda: engine.update_weights(update)),
-            ("close its weights", lambda: engine.finish_weight_update(weight_version=str(version))),
+            *(self._load_adapters(version) if self._adapters else self._load_weights(version)),
             ("drop its caches", lambda: engine.reset_prefix_cache(reset_running_requests=True)),
             ("resume", engine.resume_generation),
         ):
@@ -241,6 +258,26 @@ class Engine:
         self._version, self._updates = version, self._updates + 1
         self._pause_seconds += pause
         return pause
+
+    def _load_weights(self, version: int) -> Steps:
+        from vllm.distributed.weight_transfer.base import WeightTransferUpdateRequest
+
+        engine = self._engine
+        update = WeightTransferUpdateRequest({"version": version})
+        return (
+            ("open its weights", engine.start_weight_update),
+            ("load the weights", lambda: engine.update_weights(update)),
+            ("close its weights", lambda: engine.finish_weight_update(weight_version=str(version))),
+        )
+
+    def _load_adapters(self, version: int) -> Steps:
+        """The base's weights stay; an update of them would also take vLLM's adapters away."""
+        settings = adapter_settings(self._lora) if self._lora else {}
+        given = (version, self._adapters, settings)
+        return (
+            ("load the roles' adapters", lambda: self._rpc("agl_load_adapters", *given)),
+            ("name the version", lambda: self._engine.update_weight_version(str(version))),
+        )
 
     def fail(self, why: str) -> None:
         """Leave: kill the engine core, so that calls in flight end as EngineError rather than go on with broken weights, then exit.

@@ -7,10 +7,12 @@ Test: `pytest tests/unit/test_engine_start.py`, and `tests/integration/test_engi
 from __future__ import annotations
 
 import os
+from collections.abc import Mapping
 from importlib import metadata
 from pathlib import Path
 from typing import Any
 
+from agl_ray.config.lora import LoraConfig
 from agl_ray.config.models import EngineConfig, RunConfig
 from agl_ray.gateway.engine_api import GenerateChunk, GenerateRequest, GenerateResult, WeightSpans
 from agl_ray.types.errors import EngineError, InputError
@@ -76,8 +78,12 @@ def check_folder(folder: Path) -> None:
         )
 
 
-def start_vllm(config: RunConfig, model_path: str, seed: int) -> Any:
-    """A running AsyncLLM (its engine core is a child process). Must be called inside the event loop that will use it."""
+def start_vllm(
+    config: RunConfig, model_path: str, seed: int, adapters: Mapping[str, int] | None = None
+) -> Any:
+    """A running AsyncLLM (its engine core is a child process). Must be called inside the event loop that will use it.
+
+    adapters: role -> number of its LoRA adapter, all of which one batch may hold; None: without LoRA."""
     from vllm import AsyncEngineArgs
     from vllm.config import WeightTransferConfig
     from vllm.v1.engine.async_llm import AsyncLLM
@@ -100,6 +106,13 @@ def start_vllm(config: RunConfig, model_path: str, seed: int) -> Any:
         args["reasoning_parser"] = (
             engine.reasoning_parser
         )  # a forced form begins behind the thoughts
+    if adapters and config.learner.lora is not None:
+        args |= {
+            "enable_lora": True,
+            "max_loras": len(adapters),
+            "max_cpu_loras": len(adapters),  # none is ever put out
+            "max_lora_rank": lora_slot_rank(config.learner.lora.rank),
+        }
     if engine.num_gpus == 0:
         args |= {
             "enforce_eager": True,
@@ -114,6 +127,41 @@ def start_vllm(config: RunConfig, model_path: str, seed: int) -> Any:
     else:
         args["gpu_memory_utilization"] = engine.gpu_memory_utilization
     return AsyncLLM.from_engine_args(AsyncEngineArgs(**args))
+
+
+def lora_slot_rank(rank: int) -> int:
+    """The smallest of the ranks that vLLM makes slots of which holds an adapter of this one; InputError where there is none."""
+    from typing import get_args
+
+    from vllm.config.lora import MaxLoRARanks
+
+    ranks = sorted(get_args(MaxLoRARanks))
+    if rank > ranks[-1]:
+        raise InputError(
+            f"learner.lora.rank: expected at most {ranks[-1]} with per_role, which is the most that vLLM serves, got {rank}"
+        )
+    return next(slot for slot in ranks if slot >= rank)
+
+
+def adapter_settings(config: LoraConfig) -> dict[str, Any]:
+    """The adapters' shape as peft's adapter_config.json says it."""
+    return {
+        "peft_type": "LORA",
+        "r": config.rank,
+        "lora_alpha": config.alpha,
+        "use_rslora": config.rank_stabilized,
+        "target_modules": config.target_modules or "all-linear",
+        "bias": "none",
+    }
+
+
+def lora_request(role: str, number: int, version: int) -> Any:
+    """vLLM's name for a role's adapter in a call. The path is never read, since the worker holds the adapter; it is part of the
+    prefix cache's keys, so that nothing cached under one role or version is used for another. An adapter that vLLM had lost would
+    be looked for there, and its absence ends the engine."""
+    from vllm.lora.request import LoRARequest
+
+    return LoRARequest(role, number, f"/adapter-of-version-{version}/{role}")
 
 
 def sampling_params(request: GenerateRequest, *, stream: bool) -> Any:

@@ -9,17 +9,15 @@ Test alone: `pytest tests/integration/test_weights_sync.py` (real actors, no vLL
 from __future__ import annotations
 
 import asyncio
-import os
 import shutil
-import tempfile
 import time
-from pathlib import Path
 from typing import Any, Protocol
 
 import ray
 
 from agl_ray.types.errors import NotFound, WaitTimeout, WeightSyncError
 from agl_ray.waits import wait
+from agl_ray.weights.scratch import scratch
 
 POLL_SECONDS = 20.0
 """How long one long poll is held open."""
@@ -143,7 +141,7 @@ class WeightFollower:
         plain = {key: order[key] for key in ("version", "manifest", "transport", "seconds")}
         if order["transport"] != "object_store":
             return await self._taker.receive_weights(plain | {"group": order["group"]})
-        folder = _scratch(sum(bucket["nbytes"] for bucket in order["manifest"]["buckets"]))
+        folder = scratch(sum(bucket["nbytes"] for bucket in order["manifest"]["buckets"]))
         try:
             files = []
             for i, ref in enumerate(order["refs"]):
@@ -159,10 +157,3 @@ class WeightFollower:
             return {"ok": False, "error": f"{type(error).__name__}: {error}"}
         finally:
             shutil.rmtree(folder, ignore_errors=True)
-
-
-def _scratch(nbytes: int) -> Path:
-    """A new folder for a version's bytes: in memory (/dev/shm) where there is room, else the temp folder."""
-    shm = Path("/dev/shm")
-    room = shm.is_dir() and os.access(shm, os.W_OK) and shutil.disk_usage(shm).free > 2 * nbytes
-    return Path(tempfile.mkdtemp(prefix="agl-weights-", dir=shm if room else None))

@@ -128,13 +128,15 @@ class Gateway:
         roles: dict[str, EngineRole | OutsideRole] = {}
         for name, role in config.roles.items():
             if role.kind == "train":
-                roles[name] = EngineRole(main, renderer)
+                own_adapter = name if name in config.adapters else None
+                roles[name] = EngineRole(main, renderer, adapter=own_adapter)
             elif role.kind == "frozen":
                 own = renderer if role.model is None else _renderer(config, role.model)
                 roles[name] = EngineRole(HandleEngine(frozen[name]), own, "frozen")
             else:
                 roles[name] = OutsideRole(_upstream(name, role, keys.get(name)))
-        door = Door(store, main, renderer, settings, roles=roles)
+        unnamed = None if config.adapters else main
+        door = Door(store, unnamed, renderer, settings, roles=roles)
         self._app = GatewayApp(door, renderer, functools.partial(_sign_in, store), api_key)
 
     def __serve_build_asgi_app__(self) -> GatewayApp:

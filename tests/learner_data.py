@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Collection, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -10,6 +10,7 @@ import numpy as np
 import pyarrow as pa
 
 from agl_ray.spans import span_batch
+from agl_ray.spans.schema import ROLE_KIND
 from agl_ray.trajectory.batch import GroupPlan, Member, TrainBatch
 
 VOCABULARY = 50
@@ -172,6 +173,47 @@ def branching_batch(
                     f"c{turn}",
                 )
             reward = float(rng.integers(0, 5)) / 3 + rollout
+            members.append(Member(rollout_id=attempt[0], attempt_id=attempt[1], reward=reward))
+        plans.append(GroupPlan(group_id=f"g{group}", members=tuple(members)))
+    return table(spans), TrainBatch(step=step, groups=tuple(plans))
+
+
+def roles_batch(
+    seeds: Mapping[str, int],
+    *,
+    step: int = 1,
+    frozen: Collection[str] = (),
+    groups: int = 3,
+    group_size: int = 3,
+) -> tuple[pa.Table, TrainBatch]:
+    """Rollouts in which each role of `seeds` speaks twice, in a conversation of its own, drawn with its own seed: another seed gives a role
+    other tokens, as many of them. Rewards are of the step alone. frozen: roles that are not trained."""
+    lengths, rewards = np.random.default_rng([step, 1]), np.random.default_rng([step, 2])
+    rngs = {role: np.random.default_rng([seed, step, 3]) for role, seed in seeds.items()}
+    spans: list[dict[str, Any]] = []
+    plans = []
+    for group in range(groups):
+        members = []
+        for rollout in range(group_size):
+            attempt = (f"ro-{step}-{group}-{rollout}", f"at-{step}-{group}-{rollout}")
+            asked, said = lengths.integers(1, 9, (2, 2)).tolist()
+            for role, rng in rngs.items():
+                length, parent = 0, None
+                for turn in range(2):
+                    prompt, response = (
+                        rng.integers(0, VOCABULARY, n).tolist() for n in (asked[turn], said[turn])
+                    )
+                    logprobs = -np.log(VOCABULARY) + 0.5 * rng.normal(size=len(response))
+                    spans.append(
+                        call(
+                            f"{role}-{turn}", prompt, response, attempt=attempt, parent=parent,
+                            shared=length if parent else None, versions=[(0, step - 1)],
+                            logprobs=logprobs.tolist(), role=role,
+                            attributes={ROLE_KIND: "frozen"} if role in frozen else {},
+                        )
+                    )  # fmt: skip
+                    length, parent = length + asked[turn] + said[turn], f"{role}-{turn}"
+            reward = float(rewards.integers(0, 5)) / 3 + rollout
             members.append(Member(rollout_id=attempt[0], attempt_id=attempt[1], reward=reward))
         plans.append(GroupPlan(group_id=f"g{group}", members=tuple(members)))
     return table(spans), TrainBatch(step=step, groups=tuple(plans))

@@ -12,7 +12,7 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from learner_data import branching_batch, call, random_batch, table
+from learner_data import branching_batch, call, random_batch, roles_batch, table
 
 from agl_ray.algorithms.algorithm import make_algorithm
 from agl_ray.config.models import AlgorithmConfig, LearnerConfig
@@ -122,6 +122,40 @@ def job_train(
     }
 
 
+def job_roles(
+    rank: int,
+    world_size: int,
+    folder: Path,
+    steps: tuple[int, int],
+    load: Path | None = None,
+    save: Path | None = None,
+) -> dict[str, Any]:
+    """Steps of two roles with an adapter each. The second one is silent in the first step, and has a single row in the second, so that all
+    ranks but one have none of it."""
+    config = LearnerConfig.model_validate(
+        {"lr": 5e-3, "tokens_per_microbatch": 50, "lora": {"rank": 3, "per_role": True}}
+    )
+    learner = Learner(
+        ALGORITHM, config, folder, rank=rank, world_size=world_size, roles=["planner", "writer"]
+    )
+    if load is not None:
+        learner.load(load)
+    metrics = []
+    for step in range(*steps):
+        spans, batch = roles_batch({"planner": 1, "writer": 2}, step=step)
+        alone = {1: [], 2: [batch.members[-1].rollout_id]}.get(step)
+        if alone is not None:
+            here = [
+                row["role"] == "planner" or row["rollout_id"] in alone for row in spans.to_pylist()
+            ]
+            spans = spans.filter(here)
+        payloads = lay_out(spans, batch, learner.algorithm, config, world_size=world_size, seed=0)
+        metrics.append(learner.train(payloads[rank]))
+    if save is not None:
+        learner.save(save)
+    return {"metrics": metrics, "state": learner.full_state()}
+
+
 def job_branches(
     rank: int, world_size: int, folder: Path, rows: str, settings: dict[str, Any]
 ) -> dict[str, Any]:
@@ -225,6 +259,7 @@ def job_offload(
 
 JOBS: dict[str, Callable[..., Any]] = {
     "train": job_train,
+    "roles": job_roles,
     "branches": job_branches,
     "one_row": job_one_row,
     "die": job_die,

@@ -23,3 +23,11 @@ class LoraConfig(Section):
     target_modules: Annotated[list[str], Field(min_length=1)] | None = None
     """Last names of the linear layers that get an adapter, such as q_proj and v_proj; None = every linear layer but the output head.
     A name that fits no linear layer of the model is refused. Experts fused into one tensor are no linear layers."""
+
+
+class LearnerLoraConfig(LoraConfig):
+    """Of a run, which may have several trained roles."""
+
+    per_role: bool = False
+    """One adapter for each role of kind train (`roles`), over one base model that never changes, instead of one for all calls. Calls of a role
+    are answered with its adapter and train it alone; gradients are clipped for each by itself. Every call must name a role."""

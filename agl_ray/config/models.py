@@ -17,7 +17,7 @@ from agl_ray.config.credit import CreditConfig
 from agl_ray.config.critic import CriticConfig, check_baseline
 from agl_ray.config.judge import JudgeConfig
 from agl_ray.config.logging import LoggingConfig
-from agl_ray.config.lora import LoraConfig
+from agl_ray.config.lora import LearnerLoraConfig
 from agl_ray.config.roles import RoleConfig, RoleName
 from agl_ray.config.runners import RunnersConfig
 from agl_ray.config.section import Fraction, NonNegative, Positive, PositiveFloat, Section
@@ -174,9 +174,10 @@ class LearnerConfig(Section):
     """Keep weights, gradients and the optimiser's state of the policy (and of critic and reference) in the machine's memory, 16 bytes per trained
     parameter over the ranks together; a layer's weights are copied to the GPU for its turn, and the update runs on the CPU. Slower, for models that do
     not fit otherwise. Refused with `num_gpus` 0. Its parts are tested on a CPU; it has not been run on a GPU."""
-    lora: LoraConfig | None = None
+    lora: LearnerLoraConfig | None = None
     """Train low-rank adapters and leave the model's own weights as they are; `{}` turns it on. It wants five to ten times the `lr`. The engines
-    and the export get the weights with the adapters merged in. A critic is trained whole. None = train all weights."""
+    and the export get the weights with the adapters merged in; with `per_role` the engines get the adapters, and the export a model of each role.
+    A critic is trained whole. None = train all weights."""
     critic: CriticConfig = CriticConfig()
     """The critic of `algorithm.advantage: gae` (PPO): a second model of the policy's size in the same ranks."""
     num_cpus: Annotated[float, Field(ge=0)] = 0.5
@@ -315,6 +316,13 @@ class RunConfig(Section):
     def rollouts_per_step(self) -> int:
         return self.rollout.groups_per_step * self.rollout.group_size
 
+    @property
+    def adapters(self) -> list[str]:
+        """The roles with an adapter of their own (`learner.lora.per_role`), sorted; [] where all that is trained has the same weights."""
+        if self.learner.lora is None or not self.learner.lora.per_role:
+            return []
+        return sorted(name for name, role in self.roles.items() if role.kind == "train")
+
     @model_validator(mode="after")
     def _consistent(self) -> RunConfig:
         if self.rollout.min_group > self.rollout.group_size:
@@ -351,6 +359,10 @@ class RunConfig(Section):
         check_temperature(self.algorithm.teacher, self.rollout.temperature)
         check_verl(self)
         check_baseline(self.algorithm, self.credit, self.learner.critic, self.rollout.min_group)
+        if self.learner.lora is not None and self.learner.lora.per_role and not self.adapters:
+            raise ValueError(
+                "learner.lora.per_role trains an adapter for each role of kind train, and roles has none; name them there or leave per_role out"
+            )
         if self.weights.transport == "nccl" and not (
             self.engine.num_gpus and self.learner.num_gpus
         ):

@@ -63,20 +63,20 @@ class DoorSettings:
 
 
 class Door:
-    """See the module's text. engine, renderer: of the calls without a role; roles: the others. `now` is the clock of idle sessions
+    """See the module's text. engine, renderer: of the calls without a role, which are refused where `engine` is None; roles: the others. `now` is the clock of idle sessions
     (seconds), for tests."""
 
     def __init__(
         self,
         store: StoreClient,
-        engine: EngineClient,
+        engine: EngineClient | None,
         renderer: Renderer,
         settings: DoorSettings,
         now: Callable[[], float] = time.monotonic,
         roles: Mapping[str, EngineRole | OutsideRole] | None = None,
     ) -> None:
         self._settings = settings
-        self._roles = Roles(EngineRole(engine, renderer), roles)
+        self._roles = Roles(None if engine is None else EngineRole(engine, renderer), roles)
         self.attempts = Attempts(store, settings.store_timeout_seconds, settings.idle_seconds, now)
 
     # ---- the calls ----
@@ -226,6 +226,7 @@ class Door:
             request_id=call.call_id if number == 0 else f"{call.call_id}-{number}",
             prompt_ids=call.plan.prompt_ids,
             structure=call.structure,
+            adapter=call.role.adapter,
             session=call.path.rollout_id,
             **{
                 key: max(value, 0) if key == "top_k" else value

@@ -51,6 +51,8 @@ class GenerateRequest(msgspec.Struct, frozen=True, kw_only=True, omit_defaults=T
     """A form that the response must have, one of vLLM's: {"json": schema}, {"json_object": True}, {"structural_tag": JSON text}."""
     seed: int | None = None
     """Seed of this call's sampling; None = the engine's own."""
+    adapter: str | None = None
+    """Role whose adapter answers (`learner.lora.per_role`); None = the engine's weights as they are."""
     session: str = ""
     """Calls of one session go to the same engine replica while it lives, so that its prefix cache knows what they go on from."""
 

@@ -38,6 +38,8 @@ class EngineRole:
     engine: EngineClient
     renderer: Renderer
     kind: Literal["train", "frozen"] = "train"
+    adapter: str | None = None
+    """As in GenerateRequest."""
 
     @property
     def trained(self) -> bool:
@@ -57,17 +59,27 @@ class OutsideRole:
 
 
 class Roles:
-    """The table: `default` answers calls whose URL names no role, `named` the others."""
+    """The table: `default` answers calls whose URL names no role (None: they are refused), `named` the others."""
 
     def __init__(
-        self, default: EngineRole, named: Mapping[str, EngineRole | OutsideRole] | None = None
+        self,
+        default: EngineRole | None,
+        named: Mapping[str, EngineRole | OutsideRole] | None = None,
     ) -> None:
         self._default, self._named = default, dict(named or {})
 
     def of(self, name: str | None) -> EngineRole | OutsideRole:
         """Refusal 404 that lists the roles where there is no such one."""
-        if name is None:
+        if name is None and self._default is not None:
             return self._default
+        if name is None:
+            raise Refusal(
+                404,
+                f"a call without a role: this run trains an adapter for each role, so every URL must name one of {', '.join(sorted(self._named))} "
+                "(ctx.llm(ROLE), or /role/ROLE in it)",
+                param="role",
+                code="role_not_found",
+            )
         if name not in self._named:
             known = ", ".join(sorted(self._named))
             expected = f"expected one of {known}" if known else "this run's config has no `roles`"

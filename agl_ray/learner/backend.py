@@ -105,6 +105,7 @@ def _native(config: RunConfig, model_path: Path, rank: Rank, seed: int, base: Pa
         world_size=rank.world_size,
         device=_device(config),
         base=base,
+        roles=config.adapters,
     )
 
 

@@ -81,6 +81,7 @@ def load(
     reader = dcp.FileSystemReader(folder)
     stored = reader.read_metadata().state_dict_metadata.keys()
     state = _state_of(model, optimizer, _has(stored, "optimizer."))
+    _only_stepped(state, stored)
     if critic is not None:
         if not _has(stored, "critic."):
             raise InputError(
@@ -128,11 +129,22 @@ def _state_of(
     return state
 
 
+def _only_stepped(state: dict[str, Any], stored: Iterable[str]) -> None:
+    """Leave out what the optimiser has not moved yet in the checkpoint: adapters of roles that had no row so far."""
+    if "optimizer" in state:
+        prefix = "optimizer.state."
+        moved = {
+            key.removeprefix(prefix).rpartition(".")[0] for key in stored if key.startswith(prefix)
+        }
+        found = state["optimizer"]["state"]
+        state["optimizer"]["state"] = {name: of for name, of in found.items() if name in moved}
+
+
 def _put_back(model: Any, optimizer: torch.optim.Optimizer, state: dict[str, Any]) -> None:
     whole = StateDictOptions(strict=not lora.has_adapters(model))
     set_model_state_dict(model, state["model"], options=whole)
     if "optimizer" in state:
-        set_optimizer_state_dict(model, optimizer, state["optimizer"])
+        set_optimizer_state_dict(model, optimizer, state["optimizer"], options=whole)
 
 
 def _has(stored: Iterable[str], prefix: str) -> bool:

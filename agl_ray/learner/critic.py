@@ -185,7 +185,7 @@ class Critic:
                 sums += torch.stack([loss.detach(), (counted * clipped).sum(), counted.sum()])
             rate = optim.learning_rate(self.config, self.updates)
             limit = self.config.max_grad_norm
-            norms.append(optim.apply_gradients(self.model, self.optimizer, rate, limit))
+            norms.append(optim.apply_gradients(self.model, self.optimizer, rate, limit)[None])
             self.updates += 1
         loss_sum, clipped_sum, tokens = fsdp.add_over_ranks(sums).tolist()
         return {

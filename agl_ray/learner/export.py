@@ -1,6 +1,7 @@
 """A trained model as a Hugging Face folder: safetensors, configuration, and the tokenizer it was trained with.
 
-With adapters (learner.lora) the model is the merged one, and its folder `adapter` holds the adapters alone in peft's format.
+With adapters (learner.lora) the model is the merged one, and its folder `adapter` holds the adapters alone in peft's format. With
+learner.lora.per_role there is such a model folder for each role, under its name: each is what `roles.NAME.model` of a later run takes.
 
 Called by learner/step.py and learner/sft_run.py and, in parts, by learner/verl_engine.py. Test it alone with tests/unit/test_learner_export.py.
 """
@@ -31,28 +32,33 @@ def export(model: Any, source: Path, path: str | Path, *, write: bool = True) ->
 
     A collective: all ranks call it, only the one with `write` writes. The folder appears whole or not at all; one that is there is replaced.
     """
-    state = dict(full_state(model, keep=write))
-    adapters = lora.adapter_state(model, keep=write)
-    if not write:
-        return
     target = Path(path)
-    partial = new_partial(target)
-    copy_tokenizer(source, partial)
-    model.config.save_pretrained(partial)
-    save_tensors(state, partial)
-    if adapters:
-        lora.write_adapter(model, adapters, partial / ADAPTER_FOLDER)
-    put_in_place(partial, target)
+    partial = new_partial(target) if write else None
+    adapters = lora.adapter_states(model, keep=write)
+    roles: list[str | None] = [*lora.roles_of(model)] or [None]
+    for role in roles:
+        state = dict(full_state(model, keep=write, role=role))
+        if partial is None:
+            continue
+        folder = partial if role is None else partial / role
+        folder.mkdir(exist_ok=True)
+        copy_tokenizer(source, folder)
+        model.config.save_pretrained(folder)
+        save_tensors(state, folder)
+        if adapters:
+            lora.write_adapter(model, adapters[role], folder / ADAPTER_FOLDER, role)
+    if partial is not None:
+        put_in_place(partial, target)
 
 
 def export_adapter(model: Any, path: str | Path, *, write: bool = True) -> None:
-    """Write the adapter of `model` alone to the folder `path`/adapter, as `export` does beside the merged model."""
-    adapters = lora.adapter_state(model, keep=write)
+    """Write the only adapter of `model` alone to the folder `path`/adapter, as `export` does beside the merged model."""
+    adapters = lora.adapter_states(model, keep=write)
     if not write:
         return
     target = Path(path)
     partial = new_partial(target)
-    lora.write_adapter(model, adapters, partial / ADAPTER_FOLDER)
+    lora.write_adapter(model, adapters[None], partial / ADAPTER_FOLDER)
     put_in_place(partial, target)
 
 

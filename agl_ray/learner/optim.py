@@ -9,7 +9,7 @@ from typing import TYPE_CHECKING, Any, Literal
 
 import torch
 
-from agl_ray.learner import fsdp, muon
+from agl_ray.learner import fsdp, lora, muon
 
 if TYPE_CHECKING:
     from agl_ray.config.critic import CriticConfig
@@ -42,11 +42,16 @@ def learning_rate(config: LearnerConfig | CriticConfig, update: int) -> float:
 
 def apply_gradients(
     model: Any, optimizer: torch.optim.Optimizer, lr: float, max_norm: float
-) -> torch.Tensor:
-    """One update at `lr`; gradients are cleared. Returns the norm of the gradient before clipping, a scalar, equal on all ranks."""
-    norm = fsdp.whole(torch.nn.utils.clip_grad_norm_(model.parameters(), max_norm))
+) -> dict[str | None, torch.Tensor]:
+    """One update at `lr`; gradients are cleared. Returns the norms of the gradients before clipping, scalars, equal on all ranks: one, under
+    None, or with an adapter per role that of each role, since each is a policy of its own and is clipped alone. An adapter without a
+    gradient, whose role had no row, stays as it is."""
+    norms = {
+        role: fsdp.whole(torch.nn.utils.clip_grad_norm_(trained, max_norm)).detach()
+        for role, trained in lora.parts(model).items()
+    }
     for group in optimizer.param_groups:
         group["lr"] = lr
     optimizer.step()
     optimizer.zero_grad(set_to_none=True)
-    return norm.detach()
+    return norms

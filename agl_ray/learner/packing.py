@@ -37,7 +37,7 @@ class Packed:
     input_ids, position_ids: int64 [1, T]; position_ids are places in the row. lengths: int64 [R]. shared: int64 [R], how many leading
     tokens of the row are those of the row before it and stand in input_ids only there. rows: int64 [R], the rows' indices in the
     Rows they came from. weights: float32 [N] and columns: [N] each, row by row: a value belongs to a token and to its prediction
-    from the tokens before it in its row.
+    from the tokens before it in its row. role: whose adapter computes it (`learner.lora.per_role`), None where all rows have the same weights.
     """
 
     input_ids: Array
@@ -47,6 +47,7 @@ class Packed:
     rows: Array
     weights: Array
     columns: Mapping[str, Array]
+    role: str | None = None
 
     @classmethod
     def of(cls, rows: Rows, members: Array, shared: Array | None = None) -> Packed:

@@ -1,6 +1,8 @@
 """One training step laid out on rank 0: spans and rewards in, one payload of packed micro-batches per rank out.
 
-Order matters (contracts 1 and 6): advantages from all members, then rows are dropped. Called by
+Order matters (contracts 1 and 6): advantages from all members, then rows are dropped. With an adapter per role (`learner.lora.per_role`) a
+micro-batch holds rows of one role, and the i-th of every rank is of the same one, since FSDP's collectives are of the tensors that have
+gradients; what a token counts is taken over all rows as ever. Called by
 actors/learner.py and by tests without Ray. Pure numpy; test it alone with tests/unit/test_learner_step.py.
 Legend: U units of credit, R rows, N tokens of all rows.
 """
@@ -10,7 +12,7 @@ from __future__ import annotations
 import time
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass, replace
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, NamedTuple
 
 import numpy as np
 import pyarrow as pa
@@ -21,6 +23,7 @@ from agl_ray.config.trajectory import TrajectoryConfig
 from agl_ray.learner.layouts import LAYOUTS, Layout
 from agl_ray.learner.packing import Packed, pack
 from agl_ray.trajectory.batch import TrainBatch
+from agl_ray.trajectory.calls import Calls
 from agl_ray.trajectory.credit import Credit, Units
 from agl_ray.trajectory.overlong import fit
 from agl_ray.trajectory.ragged import Array, Rows
@@ -128,8 +131,11 @@ def lay_out(
     chosen = np.flatnonzero(np.bincount(row, weights=there, minlength=len(rows)))
     rows, attempt = rows.take(chosen), attempt[chosen]
     parts = _split(attempt, config.minibatches, np.random.default_rng([seed, batch.step]))
-    layout = LAYOUTS[trajectory.rows]
-    updates, forward = _pack_alike(rows, parts, layout, world_size, config.tokens_per_microbatch)
+    roles: list[str | None] = [None] * len(rows)
+    if config.lora is not None and config.lora.per_role:
+        roles = _roles_of_rows(rows, built.calls)
+    packing = _Packing(LAYOUTS[trajectory.rows], world_size, config.tokens_per_microbatch)
+    updates, forward = _pack_alike(_with_share(rows, len(parts)), parts, roles, packing)
     stats |= {"rows": float(len(rows)), **forward}
     stats |= _ages(rows, batch.step - 1)
     stats["seconds_layout"] = time.perf_counter() - started - stats.get("seconds_teacher", 0.0)
@@ -253,7 +259,6 @@ def _with_streams(rows: Rows, advantages: Array, scale: Array) -> Rows:
         "scale": scale.astype(np.float32),
         "engine_logprobs": np.where(trained, rows.columns["engine_logprobs"], 0.0),
     }
-    del streams["call"]
     return replace(rows, columns=streams)
 
 
@@ -267,23 +272,64 @@ def _split(attempt: Array, minibatches: int, rng: np.random.Generator) -> list[A
     return [part for part in np.split(rows, np.cumsum(counts)[:-1]) if len(part)]
 
 
-def _pack_alike(
-    rows: Rows, parts: list[Array], layout: Layout, world_size: int, tokens: int
-) -> tuple[list[list[Update]], dict[str, float]]:
-    """Updates by [update][rank], and the step's metrics of the tokens that they run forward.
+def _roles_of_rows(rows: Rows, calls: Calls) -> list[str | None]:
+    """The role of each row, which has trained tokens. RunError where they are of several, or of calls without a role."""
+    trained = np.flatnonzero(rows.weights)
+    found: list[set[str | None]] = [set() for _ in range(len(rows))]
+    pairs = np.unique(np.stack([rows.row_of_token[trained], rows.columns["call"][trained]]), axis=1)
+    for row, call in pairs.T.tolist():
+        found[row].add(calls.roles[call])
+    wrong = next((roles for roles in found if len(roles) != 1 or None in roles), None)
+    if wrong is not None:
+        names = ", ".join(sorted(map(str, wrong)))
+        raise RunError(
+            f"learner.lora.per_role: expected each row to be of one role, got one of {names}; the recorded spans are damaged"
+        )
+    return [roles.pop() for roles in found]
 
-    FSDP's collectives need as many micro-batches on every rank: the missing ones count nothing. Each of several updates has a part
-    of the rows, so its tokens weigh that many times more."""
-    rows = replace(rows, columns={**rows.columns, "scale": rows.columns["scale"] * len(parts)})
-    updates, forward = [], 0
-    for part in parts:
-        shares = layout.share(rows, part, world_size)
-        packed = [layout.pack(rows.take(share), tokens) for share in shares]
-        forward += sum(micro.num_tokens for micros in packed for micro in micros)
+
+def _with_share(rows: Rows, updates: int) -> Rows:
+    """As they are packed, without `call`. Each of several updates has a part of the rows, so its tokens weigh that many times more."""
+    columns = {**rows.columns, "scale": rows.columns["scale"] * updates}
+    del columns["call"]
+    return replace(rows, columns=columns)
+
+
+class _Packing(NamedTuple):
+    layout: Layout
+    world_size: int
+    tokens: int
+
+    def alike(self, rows: Rows, part: Array, role: str | None) -> list[list[Packed]]:
+        """Micro-batches of these rows, by rank. FSDP's collectives need as many on every rank: the missing ones count nothing."""
+        shares = self.layout.share(rows, part, self.world_size)
+        packed = [self.layout.pack(rows.take(share), self.tokens) for share in shares]
         most = max(len(micros) for micros in packed)
-        filler = pack(_idle(rows.take(part[:1])), tokens)[0]
-        updates.append([Update(micros + [filler] * (most - len(micros))) for micros in packed])
-    least = sum(Tree.of(rows.take(part)).num_tokens for part in parts)
+        filler = pack(_idle(rows.take(part[:1])), self.tokens)
+        filled = [micros + filler * (most - len(micros)) for micros in packed]
+        return [[replace(micro, role=role) for micro in micros] for micros in filled]
+
+
+def _pack_alike(
+    rows: Rows, parts: list[Array], roles: list[str | None], packing: _Packing
+) -> tuple[list[list[Update]], dict[str, float]]:
+    """Updates by [update][rank], and the step's metrics of the tokens that they run forward. Roles take turns by their names."""
+    updates, forward, least = [], 0, 0
+    names = sorted(set(roles), key=str)
+    number = np.array([names.index(role) for role in roles], np.int64)
+    for part in parts:
+        micros: list[list[Packed]] = [[] for _ in range(packing.world_size)]
+        for i, role in enumerate(names):
+            mine = part[number[part] == i]
+            if not len(mine):
+                continue
+            for rank, more in enumerate(packing.alike(rows, mine, role)):
+                micros[rank] += more
+            least += Tree.of(rows.take(mine)).num_tokens
+        forward += sum(
+            micro.num_tokens for of_rank in micros for micro in of_rank if micro.weights.any()
+        )
+        updates.append([Update(of_rank) for of_rank in micros])
     return updates, {
         "tokens_forward": float(forward),
         "tokens_shared": float(len(rows.ids) - forward),

@@ -230,7 +230,8 @@ class Tuner:
             (summed / total * self.world_size).backward()
             loss += summed.item() / total
         lr = self.config.lr * self.config.lr_share(self.step)
-        norm = optim.apply_gradients(self.model, self.optimizer, lr, self.config.max_grad_norm)
+        limit = self.config.max_grad_norm
+        norm = optim.apply_gradients(self.model, self.optimizer, lr, limit)[None]
         loss = self._over_ranks(loss)
         self.step += 1
         if not math.isfinite(loss):

@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import time
 from collections import defaultdict
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from pathlib import Path
 from typing import TYPE_CHECKING
@@ -27,7 +27,7 @@ from agl_ray.learner.packing import Packed, TokenOutputs, token_outputs
 from agl_ray.learner.prepare import Payload, Update, with_advantages
 from agl_ray.learner.recompute import recompute_layers
 from agl_ray.learner.reference import Known, make_reference, penalties
-from agl_ray.learner.weights import full_state
+from agl_ray.learner.weights import delivered
 from agl_ray.types.errors import ConfigError, RunError
 
 if TYPE_CHECKING:
@@ -45,6 +45,8 @@ With a teacher (`algorithm.teacher`): kl_teacher, mean k1 (log pi - log teacher)
 brought down; teacher_bounded_fraction (share of trained tokens); rows_scored, rows_dropped_unscored, tokens_dropped_unscored, teacher_retries,
 seconds_teacher; no group is without signal then, and advantage_mean, _std, _max are of the rewards' part.
 Learner against engine, on tokens made by the current version: tokens_current, max_logprob_diff (nats), engine_kl (mean k3, nats).
+With an adapter per role also max_logprob_diff.ROLE, tokens_trained.ROLE and grad_norm.ROLE (before its own clipping; grad_norm is of all of
+them together) of the roles that had rows.
 max_token_age: weight versions between a token and this step; token_age.AGE: trained tokens of that age, token_age_mean. Counts: tokens_trained, tokens_forward (their context included),
 tokens_shared (of the rows, but not run forward: `trajectory.rows: tree` runs a beginning that rows share once), tokens_repeated (run forward more
 than once in an update: rows that begin alike without `tree`, or with it in other micro-batches or on other ranks),
@@ -70,7 +72,8 @@ DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16}
 class Learner:
     """One rank's model and optimiser. With `world_size` above 1 or `config.cpu_offload` the ranks' group (fsdp.join_group) must be joined before.
 
-    base: where files that `algorithm` names are looked up too. version: the weight version that it holds; 0 is the base model.
+    base: where files that `algorithm` names are looked up too. roles: those with an adapter of their own (`RunConfig.adapters`).
+    version: the weight version that it holds; 0 is the base model.
     updates: optimiser updates so far. critic: None where the algorithm needs none. kept: what the advantage function keeps from step to step, as of this version.
     """
 
@@ -85,6 +88,7 @@ class Learner:
         world_size: int = 1,
         device: str = "cpu",
         base: Path | None = None,
+        roles: Sequence[str] = (),
     ) -> None:
         self.config, self.rank, self.world_size = config, rank, world_size
         self.algorithm = make_algorithm(algorithm, base)
@@ -94,7 +98,7 @@ class Learner:
         offload = config.cpu_offload
         self.model = load_model(model_path, fsdp.loading_device(device, offload))
         if config.lora is not None:
-            lora.add_adapters(self.model, config.lora, seed)
+            lora.add_adapters(self.model, config.lora, seed, roles)
         if config.gradient_checkpointing:
             recompute_layers(self.model)
         if world_size > 1 or offload:
@@ -184,6 +188,7 @@ class Learner:
         return known
 
     def _outputs(self, micro: Packed, *, entropy: bool = False) -> TokenOutputs:
+        lora.act_as(self.model, micro.role)
         with fsdp.compute_in(self.model, self.dtype):
             return token_outputs(self.model, micro, entropy=entropy)
 
@@ -204,8 +209,8 @@ class Learner:
                 self._compare(micro, inputs, totals)
         with totals.timed("optimizer"):
             lr = optim.learning_rate(self.config, self.updates)
-            norm = optim.apply_gradients(self.model, self.optimizer, lr, self.config.max_grad_norm)
-            totals.add_norm(norm)
+            limit = self.config.max_grad_norm
+            totals.add_norms(optim.apply_gradients(self.model, self.optimizer, lr, limit))
             self.updates += 1
 
     @torch.no_grad()
@@ -261,12 +266,12 @@ class Learner:
             totals.add({}, {"kl_reference": (counted * away).sum()})
         marks = self.algorithm.teacher_marks(inputs)
         totals.add({}, {name: (counted * mark).sum() for name, mark in marks.items()})
-        totals.keep_largest(
-            {
-                "max_logprob_diff": torch.where(current > 0, difference.abs(), 0.0).max(),
-                "max_token_age": torch.where(counted > 0, self.version - versions, 0).max(),
-            }
-        )
+        largest = torch.where(current > 0, difference.abs(), 0.0).max()
+        age = torch.where(counted > 0, self.version - versions, 0).max()
+        totals.keep_largest({"max_logprob_diff": largest, "max_token_age": age})
+        if micro.role is not None:
+            totals.add({f"tokens_trained.{micro.role}": counted.sum()})
+            totals.keep_largest({f"max_logprob_diff.{micro.role}": largest})
 
     # --- state ---------------------------------------------------------------------------------
 
@@ -294,8 +299,8 @@ class Learner:
         fsdp.barrier()
 
     def full_state(self) -> list[tuple[str, torch.Tensor]]:
-        """The whole weights on rank 0, [] on the others (all ranks call it); see weights.full_state."""
-        return full_state(self.model, keep=self.rank == 0)
+        """What the engines are sent, on rank 0, [] on the others (all ranks call it); see weights.delivered."""
+        return delivered(self.model, keep=self.rank == 0)
 
 
 class _Totals:
@@ -307,7 +312,7 @@ class _Totals:
         self.device = device
         self.sums: defaultdict[str, torch.Tensor] = defaultdict(self._zero)
         self.maxima: defaultdict[str, torch.Tensor] = defaultdict(self._zero)
-        self.norms: list[torch.Tensor] = []
+        self.norms: defaultdict[str | None, list[torch.Tensor]] = defaultdict(list)
         self.seconds: defaultdict[str, float] = defaultdict(float)
         self.per_token: set[str] = set(self.PER_TOKEN)
         self.started = time.perf_counter()
@@ -326,8 +331,13 @@ class _Totals:
         for name, value in values.items():
             self.maxima[name] = torch.maximum(self.maxima[name], value.double())
 
-    def add_norm(self, norm: torch.Tensor) -> None:
-        self.norms.append(norm)
+    def add_norms(self, norms: Mapping[str | None, torch.Tensor]) -> None:
+        """Of one update: of all that is trained, or of each role's adapter; a role without a gradient has none."""
+        for role, norm in norms.items():
+            if role is not None and norm:
+                self.norms[role].append(norm)
+        everything = torch.stack([norm.to(self.device) for norm in norms.values()])
+        self.norms[None].append(torch.linalg.vector_norm(everything))
 
     @contextmanager
     def timed(self, phase: str) -> Iterator[None]:
@@ -351,10 +361,13 @@ class _Totals:
             sums[name] /= tokens
         sums["engine_kl"] /= current
         sums["loss"] /= max(1, updates)
-        norm = float(torch.stack(self.norms).mean()) if self.norms else 0.0
+        norms = {
+            "grad_norm" if role is None else f"grad_norm.{role}": float(torch.stack(of).mean())
+            for role, of in self.norms.items()
+        }
         seconds = {f"seconds_{phase}": value for phase, value in self.seconds.items()}
         seconds["seconds_train"] = time.perf_counter() - self.started
-        return {**sums, **maxima, "grad_norm": norm, "updates": float(updates), **seconds}
+        return {"grad_norm": 0.0, **sums, **maxima, **norms, "updates": float(updates), **seconds}
 
 
 def _over_ranks(values: dict[str, torch.Tensor], largest: bool = False) -> dict[str, float]:

@@ -1,5 +1,9 @@
 """The model's weights whole and under the names of a Hugging Face checkpoint, for the engines and for export.
 
+With one adapter per role (`learner.lora.per_role`) the engines get no whole weights but the adapters (`delivered`): they have the base
+model from its folder, and one of them answers for several roles. These few tensors travel as the whole weights do, by the same
+manifest, checksums and transports, so that there is one way to deliver a version and one place where it can fail.
+
 Called by actors/learner.py (staging) and learner/export.py. Test it alone with tests/unit/test_learner_export.py.
 """
 
@@ -12,11 +16,27 @@ import torch
 from agl_ray.learner import fsdp, lora
 
 
-def full_state(model: Any, *, keep: bool = True) -> list[tuple[str, torch.Tensor]]:
+def delivered(model: Any, *, keep: bool = True) -> list[tuple[str, torch.Tensor]]:
+    """What the engines are sent of a version: `full_state`, or `ROLE/NAME` of every tensor of every role's adapter, by peft's names.
+
+    A collective: all ranks call it, those with `keep` False get []."""
+    if not lora.roles_of(model):
+        return full_state(model, keep=keep)
+    states = lora.adapter_states(model, keep=keep)
+    return [
+        (f"{role}/{name}", tensor)
+        for role, state in states.items()
+        for name, tensor in state.items()
+    ]
+
+
+def full_state(
+    model: Any, *, keep: bool = True, role: str | None = None
+) -> list[tuple[str, torch.Tensor]]:
     """(name, CPU tensor) of every weight, the same order every time: what vLLM's `load_weights` takes.
 
     A collective: all ranks call it, those with `keep` False get []. Parameters are float32 copies. A tied tensor comes once, under the name of
-    the first module that holds it. Adapters (learner.lora) come merged into the weights that they change, under the base model's names.
+    the first module that holds it. Adapters (learner.lora; that of `role`) come merged into the weights that they change, under the base model's names.
     One tensor is gathered at a time.
     """
     state: dict[str, torch.Tensor] = {}
@@ -25,7 +45,7 @@ def full_state(model: Any, *, keep: bool = True) -> list[tuple[str, torch.Tensor
         if id(tensor) in seen or lora.is_adapter(name):
             continue
         seen.add(id(tensor))
-        base_name, merged = lora.merged(model, name, tensor.detach())
+        base_name, merged = lora.merged(model, name, tensor.detach(), role)
         full = fsdp.whole(merged)
         if keep:
             state[base_name] = full.to("cpu", copy=True)

@@ -5,8 +5,8 @@ driven by actors/engine.py through `collective_rpc`.
 Test: `pytest tests/integration/test_engine_vllm.py` (a real vLLM engine).
 
 An update has two parts. Receiving (`agl_receive`, then `agl_received` until it answers) runs in a thread of the worker while generation goes
-on, into host memory. Applying (`start_weight_update`, `update_weights`, `finish_weight_update`) loads what was received; only for that is the
-engine paused, and nothing of the network can fail in it.
+on, into host memory. Applying (`start_weight_update`, `update_weights`, `finish_weight_update`; of adapters `agl_load_adapters`) loads what was
+received; only for that is the engine paused, and nothing of the network can fail in it.
 """
 
 from __future__ import annotations
@@ -55,6 +55,7 @@ class WorkerExtension:
     """Methods added to vLLM's worker class, for `collective_rpc`; each worker answers for itself."""
 
     weight_transfer_engine: Any
+    model_runner: Any
 
     def agl_receive(self, order: dict[str, Any]) -> None:
         """Start to receive a weight version (see `Receiver.begin`)."""
@@ -64,3 +65,12 @@ class WorkerExtension:
         """None while it is under way, then its outcome (see `Receiver.outcome`)."""
         outcome: dict[str, Any] | None = self.weight_transfer_engine.receiver.outcome()
         return outcome
+
+    def agl_load_adapters(
+        self, version: int, ids: dict[str, int], settings: dict[str, Any]
+    ) -> None:
+        """Load the received adapters of a version (see `load_adapters`)."""
+        from agl_ray.weights.vllm_adapters import load_adapters
+
+        tensors = self.weight_transfer_engine.receiver.take(version)
+        load_adapters(self.model_runner, tensors, ids, settings)

@@ -108,6 +108,28 @@ async def three_roles(task: dict[str, Any], ctx: agl.RolloutContext) -> None:
     agl.emit_object({"pid": os.getpid()})
 
 
+@agl.rollout
+async def two_writers(task: dict[str, Any], ctx: agl.RolloutContext) -> float:
+    """Asks two roles; the reward is the parity of what each says. Asking none is refused."""
+    from openai import AsyncOpenAI, NotFoundError
+
+    reward = 0.0
+    messages: list[Any] = [{"role": "user", "content": task["question"]}]
+    for role in ("planner", "writer", None):
+        llm = ctx.llm() if role is None else ctx.llm(role)
+        async with AsyncOpenAI(base_url=llm.endpoint, api_key=llm.api_key) as client:
+            asked = client.chat.completions.create(model=llm.model, messages=messages)
+            try:
+                found = await asked
+            except NotFoundError as error:
+                if role is not None or "must name one of planner, writer" not in str(error):
+                    raise
+                continue
+        assert role is not None
+        reward += sum((found.choices[0].message.content or "").encode()) % 2
+    return reward
+
+
 def judge_of_plans(calls: list[Any], reward: float | None) -> float:
     """The parity of what the planner said."""
     assert reward is None

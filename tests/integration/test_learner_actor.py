@@ -20,7 +20,7 @@ from actors.weight_sync import create_weight_sync
 from agl_ray import waits
 from agl_ray.config.algorithm import AlgorithmConfig
 from agl_ray.config.kl import KLConfig
-from agl_ray.config.lora import LoraConfig
+from agl_ray.config.lora import LearnerLoraConfig
 from agl_ray.config.models import DataConfig, LearnerConfig, ModelConfig, RunConfig
 from agl_ray.config.trajectory import TrajectoryConfig
 from agl_ray.learner.step import Learner
@@ -48,7 +48,7 @@ def folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
 def config(
     world_size: int,
     rows: Literal["merge-prefix", "per-call"] = "merge-prefix",
-    lora: LoraConfig | None = None,
+    lora: LearnerLoraConfig | None = None,
 ) -> RunConfig:
     return RunConfig(
         trajectory=TrajectoryConfig(rows=rows),
@@ -69,7 +69,7 @@ class Ranks:
         world_size: int,
         folder: Path,
         rows: Literal["merge-prefix", "per-call"] = "merge-prefix",
-        lora: LoraConfig | None = None,
+        lora: LearnerLoraConfig | None = None,
     ) -> None:
         settings = config(world_size, rows, lora).model_dump(mode="json")
         actor = ray.remote(LearnerRank).options(num_cpus=0.5, max_concurrency=4, max_restarts=0)
@@ -170,7 +170,7 @@ def test_adapters_reach_the_engines_merged(
     namespace = "learner-actor-lora"
     sync = create_weight_sync(config(2), namespace)
     engine = PlainEngine.remote(namespace, "replica-0")
-    with Ranks(2, folder, lora=LoraConfig(rank=3)) as ranks:
+    with Ranks(2, folder, lora=LearnerLoraConfig(rank=3)) as ranks:
         base = ranks("stage_weights", 0)[0]
         ranks.train(store, run(fill(store, 9, 1)))
         manifest = ranks("stage_weights", 1)[0]

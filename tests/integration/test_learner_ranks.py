@@ -196,6 +196,23 @@ def test_adapters_over_two_ranks_go_on_over_one(tmp_path: Path) -> None:
     assert len(load_file(target / "adapter" / "adapter_model.safetensors")) == 28
 
 
+def test_adapters_of_roles_over_two_ranks_go_on_over_one(folder: Path, tmp_path: Path) -> None:
+    """Also where a rank has no row of a role, and where a role had none before the checkpoint."""
+    (whole,) = learner_ranks.run(1, "roles", folder, (1, 5))
+    path = tmp_path / "step-1"
+    first, _ = learner_ranks.run(2, "roles", folder, (1, 2), None, path)
+    assert [name for name, tensor in first["state"] if not tensor.any()] == [
+        name for name, _ in first["state"] if name.startswith("writer/") and "lora_B" in name
+    ]
+    both, _ = learner_ranks.run(2, "roles", folder, (2, 5), path)
+    (rest,) = learner_ranks.run(1, "roles", folder, (2, 5), path)
+    of_writer = "tokens_trained.writer"
+    assert [of_writer in metrics for metrics in whole["metrics"]] == [False, True, True, True]
+    want = {**whole, "metrics": whole["metrics"][1:]}
+    assert_close(want, both)
+    assert_close(want, rest)
+
+
 def test_a_rank_without_rows_keeps_step(folder: Path) -> None:
     (one,) = learner_ranks.run(1, "one_row", folder)
     first, _ = learner_ranks.run(2, "one_row", folder)

@@ -7,7 +7,7 @@ from pathlib import Path
 import pytest
 
 from agl_ray.config import RunConfig, load_config, resolved_json
-from agl_ray.config.lora import LoraConfig
+from agl_ray.config.lora import LearnerLoraConfig
 from agl_ray.config.schema import all_paths
 from agl_ray.types import InputError
 from agl_ray.types.errors import ConfigError
@@ -65,9 +65,9 @@ def test_an_override_sets_a_list_a_null_and_a_whole_section(config_file: Path) -
 
 def test_adapters_are_off_until_their_section_is_there(config_file: Path) -> None:
     assert load_config(config_file).learner.lora is None
-    assert load_config(config_file, ["learner.lora={}"]).learner.lora == LoraConfig()
+    assert load_config(config_file, ["learner.lora={}"]).learner.lora == LearnerLoraConfig()
     lora = load_config(config_file, ["learner.lora.rank=8", "learner.lora.alpha=16"]).learner.lora
-    assert lora == LoraConfig(rank=8, alpha=16.0)
+    assert lora == LearnerLoraConfig(rank=8, alpha=16.0)
 
 
 def test_resolved_json_keeps_nulls_and_reads_back_equal(config_file: Path, tmp_path: Path) -> None:

@@ -10,6 +10,8 @@ import pytest
 from gateway_desk import Desk, says
 from gateway_fakes import FakeEngine, save_model_folder
 
+from agl_ray.gateway.door import Door
+from agl_ray.gateway.http import GatewayApp
 from agl_ray.gateway.render import Renderer
 from agl_ray.gateway.roles import EngineRole
 from agl_ray.trajectory.rows import build_rows
@@ -60,6 +62,21 @@ def test_an_unknown_role_is_told_the_roles(renderer: Renderer, action: str) -> N
         in found.json()["error"]["message"]
     )
     assert one.rows == []
+
+
+def test_with_adapters_every_call_asks_for_its_roles_own(renderer: Renderer) -> None:
+    one, frozen = desk(renderer)
+    planner = EngineRole(one.engine, renderer, adapter="planner")
+    roles = {**one.roles, "planner": planner}
+    one.app = GatewayApp(Door(one.store, None, renderer, one.settings, roles=roles), renderer)
+    for role in ("planner", "critic"):
+        assert one.post(f"role/{role}/{CHAT}", ASKED).status_code == 200
+    assert [request.adapter for request in one.engine.requests] == ["planner"]
+    assert [request.adapter for request in frozen.requests] == [None]
+    refused = one.post(CHAT, ASKED)
+    assert refused.status_code == 404
+    assert "every URL must name one of critic, planner" in refused.json()["error"]["message"]
+    assert len(one.rows) == 2
 
 
 def test_what_training_forbids_is_free_where_nothing_is_trained(renderer: Renderer) -> None:

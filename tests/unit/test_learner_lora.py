@@ -14,7 +14,7 @@ from torch.distributed.checkpoint import FileSystemReader
 from transformers import AutoModelForCausalLM
 
 from agl_ray.config.kl import KLConfig
-from agl_ray.config.lora import LoraConfig
+from agl_ray.config.lora import LearnerLoraConfig
 from agl_ray.config.models import AlgorithmConfig, LearnerConfig
 from agl_ray.learner import lora
 from agl_ray.learner.model import load_model
@@ -32,7 +32,7 @@ def folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 
 def make(folder: Path, seed: int = 0, **settings: Any) -> Learner:
-    chosen = LoraConfig(**{"rank": 4, **settings})
+    chosen = LearnerLoraConfig(**{"rank": 4, **settings})
     return Learner(AlgorithmConfig(), LearnerConfig(lr=2e-2, lora=chosen), folder, seed=seed)
 
 
@@ -89,7 +89,7 @@ def test_the_policy_without_adapters_is_the_reference(folder: Path, where: str) 
     for name in ("base", str(folder)):  # without a copy, and with one
         kl = {"coefficient": 0.3, "where": where, "reference": name}
         algorithm = AlgorithmConfig.model_validate({"kl": kl})
-        config = LearnerConfig(lr=2e-2, lora=LoraConfig(rank=4), minibatches=2)
+        config = LearnerConfig(lr=2e-2, lora=LearnerLoraConfig(rank=4), minibatches=2)
         learner = Learner(algorithm, config, folder)
         assert learner.reference is not None
         assert (learner.reference.model is learner.model) == (name == "base")
@@ -191,14 +191,14 @@ def test_layers_that_share_a_weight_are_refused(folder: Path) -> None:
     model = load_model(folder)
     first, second = (layer.self_attn for layer in model.model.layers)
     second.q_proj.weight = first.q_proj.weight
-    lora.add_adapters(model, LoraConfig(target_modules=["v_proj"]), 0)
+    lora.add_adapters(model, LearnerLoraConfig(target_modules=["v_proj"]), 0)
     model = load_model(folder)
     first, second = (layer.self_attn for layer in model.model.layers)
     second.q_proj.weight = first.q_proj.weight
     with pytest.raises(
         InputError, match=r"layers\.0.*q_proj\.weight and .*layers\.1.* are one tensor"
     ):
-        lora.add_adapters(model, LoraConfig(), 0)
+        lora.add_adapters(model, LearnerLoraConfig(), 0)
 
 
 # --- checkpoints -------------------------------------------------------------------------------
@@ -230,7 +230,7 @@ def test_a_critic_beside_adapters_is_trained_whole_and_saved_with_them(
     folder: Path, tmp_path: Path
 ) -> None:
     ppo = AlgorithmConfig.model_validate({"name": "ppo"})
-    config = LearnerConfig(lr=2e-2, lora=LoraConfig(rank=4), warmup_steps=2)
+    config = LearnerConfig(lr=2e-2, lora=LearnerLoraConfig(rank=4), warmup_steps=2)
     learner = Learner(ppo, config, folder)
     train(learner, 1, 2)
     learner.save(tmp_path / "step-2")
