@@ -1,6 +1,7 @@
 """Engine: the vLLM rollout engine, one replica of a Ray Serve deployment. Token ids in, token ids and logprobs out.
 
-Called by: the gateway through a Serve handle (`generate`, `generate_stream`, `stats`); `engine_deployment` is bound by trainer.py.
+Called by: the gateway, through a Serve handle (`generate`, `generate_stream`, `stats`) or straight over a connection
+(`agl_ray/gateway/engine_link.py`); `engine_deployment` is bound by trainer.py.
 A replica takes the run's current weights before it serves its first call and follows every later version (`actors/engine_weights.py`).
 vLLM itself is behind this file, `actors/engine_vllm.py` and `agl_ray/weights/vllm_*.py`; nothing else knows it.
 Test alone: `pytest tests/integration/test_engine_vllm.py` (real vLLM behind a real Serve; the engine takes about 20 s to start).
@@ -18,6 +19,9 @@ from contextlib import aclosing
 from pathlib import Path
 from typing import Any
 
+import ray
+from msgspec.structs import replace
+
 from actors.engine_vllm import (
     adapter_settings,
     check_folder,
@@ -32,6 +36,7 @@ from actors.engine_vllm import (
 from actors.engine_weights import WeightFollower
 from agl_ray.config.models import EngineConfig, RunConfig
 from agl_ray.gateway.engine_api import GenerateChunk, GenerateRequest, GenerateResult
+from agl_ray.gateway.engine_link import EngineDoor
 from agl_ray.types.errors import EngineError, InputError
 from agl_ray.waits import wait
 
@@ -73,7 +78,7 @@ def engine_deployment(
         name=name,
         num_replicas=number,
         # vLLM's own queue keeps its batch full; beyond that calls wait at the router for whichever replica is free first.
-        max_ongoing_requests=2 * engine.max_num_seqs,
+        max_ongoing_requests=_most_calls(engine),
         **affinity(number),
         health_check_period_s=HEALTH_PERIOD_SECONDS,
         graceful_shutdown_timeout_s=3.0,
@@ -86,6 +91,11 @@ def engine_deployment(
         },
     )
     return deployment.bind(config, str(model_path), namespace, follow)
+
+
+def _most_calls(engine: EngineConfig) -> int:
+    """Calls that one replica takes at once."""
+    return 2 * engine.max_num_seqs
 
 
 def affinity(replicas: int) -> dict[str, Any]:
@@ -122,6 +132,9 @@ class Engine:
         self._running = self._requests = self._tokens = 0
         self._updates, self._pause_seconds = 0, 0.0
         self._following: asyncio.Task[None] | None = None
+        # Beyond this, calls wait at Serve's router, as those of its handles do.
+        door = EngineDoor(self, _most_calls(config.engine))
+        self._door = await door.place(ray.util.get_node_ip_address())
         await self._engine.update_weight_version("0")
         if follow:
             about = {"replica_id": self.replica_id, "device": _device(config.engine)}
@@ -139,7 +152,7 @@ class Engine:
             last = output
         if last is None:
             raise EngineError(f"the engine ended call {request.request_id} without an answer")
-        return to_result(last, request.request_id)
+        return replace(to_result(last, request.request_id), door=self._door)
 
     async def generate_stream(
         self, request: GenerateRequest
@@ -147,7 +160,8 @@ class Engine:
         """As `generate`, in chunks as they are sampled. Closing the stream early aborts the call in vLLM."""
         async with aclosing(self._outputs(request, stream=True)) as outputs:
             async for delta in outputs:
-                yield to_chunk(delta, request.request_id)
+                chunk = to_chunk(delta, request.request_id)
+                yield chunk if chunk.finish_reason is None else replace(chunk, door=self._door)
 
     async def _outputs(
         self, request: GenerateRequest, *, stream: bool

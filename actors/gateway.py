@@ -16,6 +16,7 @@ import asyncio
 import atexit
 import contextlib
 import functools
+import gc
 import http.client
 import math
 import os
@@ -25,6 +26,7 @@ import socket
 import tempfile
 import time
 from collections.abc import AsyncGenerator, Iterator, Mapping
+from contextlib import aclosing
 from pathlib import Path
 from typing import Any
 
@@ -32,6 +34,7 @@ from agl_ray.config.models import RunConfig
 from agl_ray.config.roles import RoleConfig
 from agl_ray.gateway.door import Door, DoorSettings
 from agl_ray.gateway.engine_api import GenerateChunk, GenerateRequest, GenerateResult
+from agl_ray.gateway.engine_link import Busy, EngineLinks
 from agl_ray.gateway.http import GatewayApp
 from agl_ray.gateway.limits import Limits
 from agl_ray.gateway.render import Renderer
@@ -40,6 +43,7 @@ from agl_ray.gateway.upstream import Upstream, UpstreamSettings
 from agl_ray.gateway.upstream_anthropic import AnthropicApi
 from agl_ray.gateway.upstream_openai import OpenAIApi
 from agl_ray.store.client import LightningStore
+from agl_ray.store.link import LinkLost
 from agl_ray.types import ConfigError, EngineError, InputError, RunError, WaitTimeout
 
 DRAIN_SECONDS = 0.2  # a stopping replica takes new calls for so long; calls in flight get 5 s more (Serve's own margin)
@@ -49,9 +53,11 @@ REPLICA_PORTS = 200  # width of the port range in which gateway replicas listen
 
 
 class HandleEngine:
-    """The engine deployment behind its Serve handle, as the door's `EngineClient`."""
+    """The engine deployment as the door's `EngineClient`: behind its Serve handle, or over a connection to the replica that Serve
+    chose for an earlier call of the session (`agl_ray/gateway/engine_link.py`). replicas: of the deployment."""
 
-    def __init__(self, handle: Any) -> None:
+    def __init__(self, handle: Any, replicas: int) -> None:
+        self._links = EngineLinks(replicas)
         # By gRPC instead of an actor call and an object ref each: half the CPU time of a call. Said here, since a handle carries the
         # options of the process that bound it, whatever this one's environment says.
         handle = handle.options(_by_reference=False)
@@ -59,6 +65,10 @@ class HandleEngine:
         self._stream = handle.options(stream=True).generate_stream
 
     async def generate(self, request: GenerateRequest) -> GenerateResult:
+        link = self._links.of(request.session)
+        if link is not None:
+            with contextlib.suppress(Busy), _lost():
+                return await link.generate(request)
         response = self._whole.options(session_id=request.session).remote(request)
         with _engine_errors():
             try:
@@ -66,21 +76,38 @@ class HandleEngine:
             except asyncio.CancelledError:
                 response.cancel()
                 raise
+        self._links.learn(request.session, result.door)
         return result
 
     async def generate_stream(
         self, request: GenerateRequest
     ) -> AsyncGenerator[GenerateChunk, None]:
+        link = self._links.of(request.session)
+        if link is not None:
+            with contextlib.suppress(Busy), _lost():
+                async with aclosing(link.generate_stream(request)) as chunks:
+                    async for chunk in chunks:
+                        yield chunk
+                return
         response = self._stream.options(session_id=request.session).remote(request)
         finished = False
         try:
             with _engine_errors():
                 async for chunk in response:
                     finished = chunk.finish_reason is not None
+                    self._links.learn(request.session, chunk.door)
                     yield chunk
         finally:
             if not finished:
                 response.cancel()
+
+
+@contextlib.contextmanager
+def _lost() -> Iterator[None]:
+    try:
+        yield
+    except LinkLost as error:
+        raise EngineLost(f"the engine replica is gone: {error}") from error
 
 
 @contextlib.contextmanager
@@ -124,7 +151,7 @@ class Gateway:
             allow_constrained=config.gateway.allow_constrained,
         )
         store = LightningStore.connect(namespace=namespace)
-        main = HandleEngine(engine)
+        main = HandleEngine(engine, config.engine.replicas)
         roles: dict[str, EngineRole | OutsideRole] = {}
         for name, role in config.roles.items():
             if role.kind == "train":
@@ -132,12 +159,16 @@ class Gateway:
                 roles[name] = EngineRole(main, renderer, adapter=own_adapter)
             elif role.kind == "frozen":
                 own = renderer if role.model is None else _renderer(config, role.model)
-                roles[name] = EngineRole(HandleEngine(frozen[name]), own, "frozen")
+                roles[name] = EngineRole(HandleEngine(frozen[name], role.replicas), own, "frozen")
             else:
                 roles[name] = OutsideRole(_upstream(name, role, keys.get(name)))
         unnamed = None if config.adapters else main
         door = Door(store, unnamed, renderer, settings, roles=roles)
-        self._app = GatewayApp(door, renderer, functools.partial(_sign_in, store), api_key)
+        sign_in = functools.partial(_sign_in, store)
+        self._app = GatewayApp(door, renderer, sign_in, api_key, watches=False)
+        # torch's and vLLM's million objects stay: no collection needs to walk over them, in the middle of somebody's call.
+        gc.collect()
+        gc.freeze()
 
     def __serve_build_asgi_app__(self) -> GatewayApp:
         return self._app
@@ -196,7 +227,8 @@ def gateway_deployment(
         health_check_period_s=2.0,
         graceful_shutdown_timeout_s=2.0,
         graceful_shutdown_wait_loop_s=0.1,
-        logging_config={"enable_access_log": False},
+        # Without the level, Serve would write a line for each call and then throw it away.
+        logging_config={"enable_access_log": False, "log_level": "WARNING"},
         ray_actor_options={
             "num_cpus": 0.1,
             "runtime_env": {

@@ -12,7 +12,7 @@ import multiprocessing
 import os
 import sys
 import urllib.request
-from collections.abc import AsyncIterator
+from collections.abc import AsyncGenerator
 from multiprocessing.connection import Connection
 from pathlib import Path
 from typing import Any
@@ -24,18 +24,21 @@ from processes import descendants
 from agl_ray.config.models import RunConfig
 from agl_ray.config.roles import endpoint_keys
 from agl_ray.gateway.engine_api import GenerateChunk, GenerateRequest, GenerateResult
+from agl_ray.gateway.engine_link import EngineDoor
 from agl_ray.types import LLM, AttemptedRollout, EndReason, EngineError
 
 NAMESPACE = "gateway-test"
+MOST_CALLS = 100
 
 
 class ScriptedEngine:
-    """An engine deployment; `version` is that of its weights. It obeys the last user message: `say X`, `pid` (says its process id), `call X` (a tool call with expression X, in a spelling of
+    """An engine deployment, with a door beside Serve's as the real one has; `version` is that of its weights. It obeys the last user message: `say X`, `pid` (says its process id), `call X` (a tool call with expression X, in a spelling of
     its own), `slow`, `fail`, `die X` (its process ends, once per X). `marks` is a folder for what must outlive the process."""
 
-    def __init__(self, folder: str, marks: str, version: int = 3) -> None:
+    async def __init__(self, folder: str, marks: str, version: int = 3) -> None:  # type: ignore[misc]
         from tokenizers import Tokenizer
 
+        self.door = await EngineDoor(self, MOST_CALLS).place("127.0.0.1")
         self.version = version
         self.tokenizer = Tokenizer.from_file(f"{folder}/tokenizer.json")
         self.marks = Path(marks)
@@ -71,12 +74,15 @@ class ScriptedEngine:
             logprobs=[-0.25] * len(ids),
             weight_versions=[(0, self.version)],
             finish_reason="stop" if ids[-1] == end else "length",
+            door=self.door,
         )
 
     async def generate(self, request: GenerateRequest) -> GenerateResult:
         return await self._answer(request)
 
-    async def generate_stream(self, request: GenerateRequest) -> AsyncIterator[GenerateChunk]:
+    async def generate_stream(
+        self, request: GenerateRequest
+    ) -> AsyncGenerator[GenerateChunk, None]:
         result = await self._answer(request)
         for token, logprob in zip(result.response_ids, result.logprobs, strict=True):
             yield GenerateChunk(response_ids=[token], logprobs=[logprob])
@@ -85,18 +91,21 @@ class ScriptedEngine:
             logprobs=[],
             finish_reason=result.finish_reason,
             weight_versions=result.weight_versions,
+            door=self.door,
         )
 
     async def pid(self) -> int:
         return os.getpid()
 
 
-def run_config(folder: Path, roles: dict[str, Any] | None = None, **gateway: Any) -> RunConfig:
+def run_config(
+    folder: Path, roles: dict[str, Any] | None = None, engines: int = 1, **gateway: Any
+) -> RunConfig:
     return RunConfig.model_validate(
         {
             "model": {"path": str(folder)},
             "data": {"train": "x.jsonl", "val": "x.jsonl"},
-            "engine": {"tool_parser": "hermes", "max_model_len": 400},
+            "engine": {"tool_parser": "hermes", "max_model_len": 400, "replicas": engines},
             "gateway": {"call_timeout_seconds": 40.0, **gateway},
             "roles": roles or {},
         }
@@ -199,7 +208,7 @@ async def _serve(
     )
     from actors.store import create_store
 
-    config = run_config(save_model_folder(folder / "model"), roles, **gateway)
+    config = run_config(save_model_folder(folder / "model"), roles, engines, **gateway)
     environment = serve_environment(config)
     os.environ.update(environment)
     os.environ["PYTHONPATH"] = os.pathsep.join(
@@ -225,7 +234,7 @@ async def _serve(
             name=name,
             num_replicas=replicas,
             **affinity(replicas),
-            max_ongoing_requests=100,
+            max_ongoing_requests=MOST_CALLS,
             health_check_period_s=1.0,
             graceful_shutdown_timeout_s=1.0,
         ).bind(str(folder / "model"), str(folder / "marks"), version)

@@ -257,6 +257,8 @@ def _differences(numbers: Numbers, amounts: Amounts) -> Numbers:
     for name in amounts.vllm:
         rates = [numbers[f"{whose}_calls_per_s_{name}"] for whose in ("ours", "vllm")]
         made[f"vllm_ratio_{name}"] = rates[0] / rates[1]
+        medians = [numbers[f"{whose}_p50_ms_{name}"] for whose in ("ours", "vllm")]
+        made[f"vllm_added_p50_ms_{name}"] = medians[0] - medians[1]
     return made
 
 

@@ -47,6 +47,7 @@ _VLLM = {
     "ours_p50_ms_{}": "the same call to our gateway and engine on the same model (full run)",
     "vllm_calls_per_s_{}": "calls per second of the bare `vllm serve` (full run)",
     "ours_calls_per_s_{}": "calls per second of our gateway and engine (full run)",
+    "vllm_added_p50_ms_{}": "ours_p50_ms - vllm_p50_ms: what gateway, Serve and journal add to a call of the bare server (full run)",
     "vllm_ratio_{}": "ours_calls_per_s / vllm_calls_per_s: 1 = our road to the engine costs nothing (full run)",
 }
 IN_FLIGHT = 16

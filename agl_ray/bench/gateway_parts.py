@@ -10,7 +10,7 @@ from __future__ import annotations
 import functools
 import json
 import random
-from collections.abc import AsyncIterator
+from collections.abc import AsyncGenerator
 from pathlib import Path
 
 from agl_ray.gateway.engine_api import GenerateChunk, GenerateRequest, GenerateResult
@@ -116,7 +116,9 @@ class InstantEngine:
     async def generate(self, request: GenerateRequest) -> GenerateResult:
         return self._answer(request)
 
-    async def generate_stream(self, request: GenerateRequest) -> AsyncIterator[GenerateChunk]:
+    async def generate_stream(
+        self, request: GenerateRequest
+    ) -> AsyncGenerator[GenerateChunk, None]:
         whole = self._answer(request)
         yield GenerateChunk(
             response_ids=whole.response_ids,

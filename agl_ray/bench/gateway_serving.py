@@ -16,19 +16,24 @@ from pathlib import Path
 from typing import BinaryIO, NamedTuple
 
 import psutil
+from msgspec.structs import replace
 
 from agl_ray.bench.gateway_load import MODEL
 from agl_ray.bench.gateway_parts import LONGEST, InstantEngine
 from agl_ray.bench.store_places import NAMESPACE
 from agl_ray.config.models import RunConfig
+from agl_ray.gateway.engine_api import GenerateRequest, GenerateResult
+from agl_ray.gateway.engine_link import EngineDoor
 from agl_ray.store import LightningStore
-from agl_ray.types import LLM, EndReason, RunError
+from agl_ray.types import LLM, EndReason, RolloutConfig, RunError
 from agl_ray.waits import wait
 
 APPLICATION = "bench"
+MOST_CALLS = 1000  # at once, of the engine that answers at once
 OPEN_SECONDS = 30.0
 SERVER_SECONDS = 180.0
 LAST_WORDS = 500  # characters of a server's output that an error shows
+PATIENCE_SECONDS = 3600.0  # of the store with attempts that wait for their turn
 START_SECONDS = 240.0
 
 
@@ -49,7 +54,8 @@ class Ours(NamedTuple):
 
     async def place(self) -> str:
         """The base URL of a new attempt."""
-        one = await self.store.start_rollout({}, mode="val")
+        patient = RolloutConfig(unresponsive_seconds=PATIENCE_SECONDS)
+        one = await self.store.start_rollout({}, mode="val", config=patient)
         return LLM(endpoint=self.url, model=MODEL).get_base_url(one.rollout_id, one.attempt_id)
 
     async def places(self, number: int) -> list[str]:
@@ -60,6 +66,19 @@ class Ours(NamedTuple):
         parts = base_url.split("/")
         at = parts.index("rollout")
         await self.store.end_attempt(parts[at + 1], parts[at + 3], EndReason.OK, reward=1.0)
+
+
+class ServedInstantEngine(InstantEngine):
+    """With a door of its own beside Serve's, as the real engine has one."""
+
+    async def __init__(self, folder: str) -> None:  # type: ignore[misc]
+        import ray
+
+        super().__init__(folder)
+        self._door = await EngineDoor(self, MOST_CALLS).place(ray.util.get_node_ip_address())
+
+    async def generate(self, request: GenerateRequest) -> GenerateResult:
+        return replace(await super().generate(request), door=self._door)
 
 
 def bench_config(model: Path) -> RunConfig:
@@ -100,9 +119,9 @@ def served(config: RunConfig, system: System, model: Path, real: bool = False) -
     if real:
         engine = engine_deployment(config, str(model), NAMESPACE, follow=False)
     else:
-        engine = serve.deployment(InstantEngine, name="Engine", max_ongoing_requests=1000).bind(
-            str(model)
-        )
+        engine = serve.deployment(
+            ServedInstantEngine, name="Engine", max_ongoing_requests=MOST_CALLS
+        ).bind(str(model))
     application = gateway_deployment(config, str(model), NAMESPACE, engine)
     serve.run(application, name=APPLICATION, route_prefix="/")
     wait_until_open(system.host, system.port, OPEN_SECONDS)

@@ -18,6 +18,9 @@ FinishReason = Literal["stop", "length", "abort"]
 WeightSpans = list[tuple[int, int]]
 """Run-length weight versions over the response tokens: [(start, version)], the first start is 0, starts rise."""
 
+Place = tuple[str, int, bytes]
+"""Where an engine replica takes calls directly (engine_link.py): host, port, key."""
+
 
 class GenerateRequest(msgspec.Struct, frozen=True, kw_only=True, omit_defaults=True):
     """One model call. Ids only: rendering and tokenising are the gateway's work."""
@@ -70,6 +73,8 @@ class GenerateResult(msgspec.Struct, frozen=True, kw_only=True):
     """The id or string that ended it; None for the model's own end-of-sequence id, `length` and `abort`."""
     cached_tokens: int = 0
     """Prompt tokens taken from the prefix cache."""
+    door: Place | None = None
+    """Where the replica that answered takes the session's further calls."""
 
 
 class GenerateChunk(msgspec.Struct, frozen=True, kw_only=True):
@@ -83,6 +88,8 @@ class GenerateChunk(msgspec.Struct, frozen=True, kw_only=True):
     """On the last chunk only, over the whole response: an engine knows its spans for certain when it is done."""
     stop_reason: int | str | None = None
     cached_tokens: int = 0
+    """As in `GenerateResult`, on the last chunk."""
+    door: Place | None = None
     """As in `GenerateResult`, on the last chunk."""
 
 

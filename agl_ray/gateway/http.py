@@ -7,7 +7,7 @@ Called by: `actors/gateway.py` (Ray Serve), or any ASGI server. No framework: a 
 differs between the APIs is in the table of dialects, the error bodies included. A path with `/v1` twice is taken for one with it
 once: the base URL of an LLM resource ends in `/v1`, and Anthropic's client adds its own. Where the run has a key, all but /healthz asks for
 it (`Authorization: Bearer` or `x-api-key`). The headers `anthropic-version` and `anthropic-beta` are accepted and change nothing; `traceparent` makes
-the call's span a child of the caller's (caller.py). When the caller goes away the call is cancelled, and
+the call's span a child of the caller's (caller.py). When the caller goes away the call is cancelled, by us or by the server, and
 with it the engine's work. Test alone: `pytest tests/unit/test_gateway_http.py`.
 """
 
@@ -41,7 +41,8 @@ _SSE = [(b"content-type", b"text/event-stream; charset=utf-8"), (b"cache-control
 
 class GatewayApp:
     """The ASGI application; see the module's text. on_start: awaited before the first request; where it fails the server does not start.
-    api_key: what callers must show; None: anything."""
+    api_key: what callers must show; None: anything. watches: it looks for callers who go away; a server that cancels their calls itself
+    (Ray Serve) spares it that."""
 
     def __init__(
         self,
@@ -49,8 +50,10 @@ class GatewayApp:
         renderer: Renderer,
         on_start: Callable[[], Awaitable[None]] | None = None,
         api_key: str | None = None,
+        watches: bool = True,
     ) -> None:
         self._door, self._renderer, self._on_start = door, renderer, on_start
+        self._watches = watches
         self._api_key = None if api_key is None else api_key.encode()
 
     async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
@@ -119,7 +122,8 @@ class GatewayApp:
             dialect = DIALECTS[action]
             request = dialect.parse(await _body(receive))
             handler = self._stream if request.stream else self._whole
-            await unless_gone(handler(dialect, path, request, send), receive)
+            work = handler(dialect, path, request, send)
+            await (unless_gone(work, receive) if self._watches else work)
 
     async def _whole(
         self, dialect: Dialect, path: CallPath, request: CallRequest, send: Send
@@ -223,5 +227,6 @@ async def _body(receive: Receive) -> bytes:
 async def _respond(
     send: Send, status: int, body: bytes, headers: list[tuple[bytes, bytes]] = _JSON
 ) -> None:
-    await send({"type": "http.response.start", "status": status, "headers": headers})
+    sized = [*headers, (b"content-length", b"%d" % len(body))]
+    await send({"type": "http.response.start", "status": status, "headers": sized})
     await send({"type": "http.response.body", "body": body})

@@ -16,6 +16,7 @@ Called by: the door. Pure. Test alone: `pytest tests/unit/test_gateway_overlong.
 
 from __future__ import annotations
 
+from array import array
 from collections.abc import Sequence
 from dataclasses import dataclass, replace
 from typing import Any, Literal, Protocol
@@ -84,7 +85,7 @@ def fit(
         parent=None,
         point=None,
         rest_text=_whole_text(plan),
-        rest_ids=tuple(ids),
+        rest_ids=array("i", ids),
         prompt_ids=ids,
         branch_reason=BranchReason.OVERLONG,
         shared_messages=0,

@@ -44,7 +44,7 @@ def plan_raw(session: Session, prompt: str | list[int], text_model: RawText) -> 
         parent=match.call if match else None,
         point=match.point if match else None,
         rest_text=rest_text,
-        rest_ids=tuple(rest_ids),
+        rest_ids=array("i", rest_ids),
         prompt_ids=[*(match.call.ids(match.point) if match else []), *rest_ids],
         retokenized=retokenized,
         branch_reason=reason,

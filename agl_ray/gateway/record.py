@@ -18,7 +18,6 @@ from collections.abc import Iterable, Mapping
 from typing import Any
 
 import msgspec
-import numpy as np
 import pyarrow as pa
 
 from agl_ray.gateway.caller import CallPath
@@ -91,9 +90,9 @@ def call_span(
         end_ns=end_ns,
         parent_call=plan.parent.call_id if plan.parent else None,
         parent_tokens=plan.parent_tokens,
-        prompt_ids=np.array(plan.rest_ids, np.int32),
-        response_ids=np.array(result.response_ids, np.int32),
-        response_logprobs=np.array(result.logprobs, np.float32),
+        prompt_ids=plan.rest_ids,
+        response_ids=result.response_ids,
+        response_logprobs=result.logprobs,
         weight_versions=result.weight_versions,
         prompt_tokens=len(plan.prompt_ids),
         response_tokens=len(result.response_ids),

@@ -20,6 +20,7 @@ from typing import Any, Protocol
 import msgspec
 
 from agl_ray.gateway.canonical import Refusal, ToolCall, json_object
+from agl_ray.gateway.decoding import Decoder
 from agl_ray.gateway.encoding import Encoder
 from agl_ray.gateway.reasoning import Thoughts
 from agl_ray.types import InputError
@@ -59,7 +60,7 @@ class Renderer:
         self.stop_ids = stop_ids(self._tokenizer, Path(model_path))
         self._encoder = Encoder(self._backend, self._turn_marks())
         # An answer's text is asked for twice, as the model wrote it and as the caller sees it; mostly that is the same.
-        self._text = functools.lru_cache(maxsize=4)(self._decode)
+        self._text = functools.lru_cache(maxsize=4)(Decoder(self._backend).decode)
         added = self._backend.get_added_tokens_decoder().items()
         self._special_ids = frozenset(number for number, token in added if token.special)
         self._anchored = self._needs_anchor()
@@ -125,9 +126,6 @@ class Renderer:
         if not keep_special and not self._special_ids.isdisjoint(ids):
             return str(self._backend.decode(list(ids), skip_special_tokens=True))
         return self._text(tuple(ids))
-
-    def _decode(self, ids: tuple[int, ...]) -> str:
-        return str(self._backend.decode(ids, skip_special_tokens=False))
 
     def token_texts(self, ids: Sequence[int]) -> list[str]:
         """Each id's own text; parts of a character read as U+FFFD."""

@@ -65,7 +65,7 @@ class Plan:
     parent: Call | None
     point: Point | None
     rest_text: str
-    rest_ids: tuple[int, ...]
+    rest_ids: array[int]
     prompt_ids: list[int]
     retokenized: int
     branch_reason: BranchReason | None
@@ -129,7 +129,7 @@ class Session:
         rest = text[match.length :] if match else text
         reason, edited = self._reason(match, rest, lost, chosen, tools_hash, chains, messages)
         after = match.call.end_text if match and match.point is Point.FULL else ""
-        rest_ids = tuple(text_model.encode(rest, after))
+        rest_ids = array("i", text_model.encode(rest, after))
         shared = 0
         if match:
             count = match.call.num_messages
@@ -163,7 +163,7 @@ class Session:
             parent=plan.parent,
             point=plan.point,
             rest_text=plan.rest_text,
-            rest_ids=array("i", plan.rest_ids),
+            rest_ids=plan.rest_ids,
             body_text=body_text,
             end_text=end_text,
             response_ids=array("i", response_ids),

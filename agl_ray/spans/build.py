@@ -6,6 +6,7 @@ import functools
 import json
 import secrets
 import struct
+from array import array
 from collections.abc import Mapping, Sequence
 from typing import Any
 
@@ -89,13 +90,17 @@ def _nulls(name: str, number: int) -> pa.Array:
 
 
 def _packed(kind: pa.DataType, code: str, values: Any) -> pa.Array | None:
-    """One list of numbers as a column, in a third of the time that Arrow takes for thousands of Python numbers. None where they are
-    no plain numbers of this kind: Arrow says what is wrong with them."""
-    if not isinstance(values, (list, tuple)):
-        return None
-    try:
-        data = struct.pack(f"{len(values)}{code}", *values)
-    except (struct.error, OverflowError):
+    """One list of numbers, or array of them, as a column, in a third of the time that Arrow takes for thousands of Python numbers. None
+    where they are no plain numbers of this kind: Arrow says what is wrong with them."""
+    data: bytes | array[Any]
+    if isinstance(values, array) and values.typecode == code:
+        data = values
+    elif isinstance(values, (list, tuple)):
+        try:
+            data = struct.pack(f"{len(values)}{code}", *values)
+        except (struct.error, OverflowError):
+            return None
+    else:
         return None
     numbers = pa.Array.from_buffers(kind.value_type, len(values), [None, pa.py_buffer(data)])
     ends = pa.py_buffer(struct.pack("2i", 0, len(values)))

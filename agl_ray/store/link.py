@@ -7,7 +7,8 @@ store listens and what key it expects (`Address`), so only who can call the acto
     message    length u32, number u32, body    body: `wire.encode_calls`
     answer     length u32, number u32, body    body: `wire.encode_answers`; in any order
 
-Who calls it: `agl_ray.store.transport` (the client's side), `actors.store` (the store's). Test alone: tests/unit/test_store_link.py.
+Who calls it: `agl_ray.store.transport` (the client's side), `actors.store` (the store's); the gateway's own short way to the engines
+(`agl_ray.gateway.engine_link`) has the same frames and greeting. Test alone: tests/unit/test_store_link.py.
 """
 
 from __future__ import annotations
@@ -19,7 +20,7 @@ import secrets
 import socket
 import struct
 from collections.abc import AsyncGenerator, Awaitable, Callable, Iterator
-from typing import Any, NamedTuple, cast
+from typing import Any, NamedTuple, TypeVar, cast
 
 from agl_ray import waits
 
@@ -100,11 +101,11 @@ def _stay_alive(transport: asyncio.Transport) -> None:
 # The store's side.
 
 
-class LinkDoor:
-    """Listens, and answers messages by `answer`, begun in the order in which they came. Use it on one event loop."""
+class Listener:
+    """Listens, and has `caller` made with its key for every connection. Use it on one event loop."""
 
-    def __init__(self, answer: Answer) -> None:
-        self._answer = answer
+    def __init__(self, caller: Callable[[bytes], Greeted]) -> None:
+        self._caller = caller
         self._opening = asyncio.Lock()
         self._server: asyncio.Server | None = None
         self._address: Address | None = None
@@ -116,7 +117,7 @@ class LinkDoor:
                 key = secrets.token_bytes(KEY_BYTES)
                 loop = asyncio.get_running_loop()
                 self._server = await loop.create_server(
-                    lambda: _Caller(self._answer, key), host, 0, backlog=MOST_WAITING
+                    lambda: self._caller(key), host, 0, backlog=MOST_WAITING
                 )
                 port = self._server.sockets[0].getsockname()[1]
                 self._address = Address(host, port, key)
@@ -128,15 +129,30 @@ class LinkDoor:
             self._server.close()
 
 
-class _Caller(asyncio.Protocol):
-    """A client's connection, at the store."""
+class LinkDoor(Listener):
+    """Answers messages by `answer`, begun in the order in which they came."""
 
-    def __init__(self, answer: Answer, key: bytes) -> None:
-        self._answer, self._key = answer, key
+    def __init__(self, answer: Answer) -> None:
+        super().__init__(lambda key: _Caller(answer, key))
+
+
+class Greeted(asyncio.Protocol):
+    """A client's connection, at the side that listens: nothing but the key is read before the key was shown."""
+
+    def __init__(self, key: bytes) -> None:
+        self._key = key
         self._frames = Frames(most=KEY_BYTES)
         self._greeted = False
         self._transport: asyncio.Transport | None = None
-        self._tasks: set[asyncio.Task[None]] = set()
+
+    def frame_received(self, number: int, body: bytes) -> None:
+        """A message."""
+        raise NotImplementedError
+
+    def send(self, number: int, body: bytes) -> None:
+        """Nothing where the connection has ended."""
+        if self._transport is not None:
+            write_frame(self._transport, number, body)
 
     def connection_made(self, transport: asyncio.BaseTransport) -> None:
         self._transport = cast(asyncio.Transport, transport)  # uvloop's is none by class
@@ -147,35 +163,46 @@ class _Caller(asyncio.Protocol):
         try:
             for number, body in self._frames.feed(data):
                 if self._greeted:
-                    task = asyncio.get_running_loop().create_task(self._carry_out(number, body))
-                    self._tasks.add(task)
-                    task.add_done_callback(self._tasks.discard)
+                    self.frame_received(number, body)
                 else:
                     self._greet(body)
         except ValueError as error:
-            log.warning("store: a connection was ended: %s", error)
+            log.warning("a connection was ended: %s", error)
             self._transport.abort()
 
     def _greet(self, body: bytes) -> None:
         if not hmac.compare_digest(body, self._key):
-            raise ValueError("it did not show the store's key")
+            raise ValueError("it did not show the key")
         self._greeted, self._frames.most = True, MOST_BODY
 
-    async def _carry_out(self, number: int, body: bytes) -> None:
-        answer = await self._answer(body)
-        if self._transport is not None:
-            write_frame(self._transport, number, answer)
-
     def connection_lost(self, exc: Exception | None) -> None:
-        """What is being carried out goes on: the client repeats it with the same ids."""
         self._transport = None
+
+
+class _Caller(Greeted):
+    """What is being carried out when its connection ends goes on: the client repeats it with the same ids."""
+
+    def __init__(self, answer: Answer, key: bytes) -> None:
+        super().__init__(key)
+        self._answer = answer
+        self._tasks: set[asyncio.Task[None]] = set()
+
+    def frame_received(self, number: int, body: bytes) -> None:
+        task = asyncio.get_running_loop().create_task(self._carry_out(number, body))
+        self._tasks.add(task)
+        task.add_done_callback(self._tasks.discard)
+
+    async def _carry_out(self, number: int, body: bytes) -> None:
+        self.send(number, await self._answer(body))
 
 
 # The client's side.
 
+AnyLink = TypeVar("AnyLink", bound="Link")
+
 
 class Link(asyncio.Protocol):
-    """A connection to a `LinkDoor`, of one event loop."""
+    """A connection to a `Listener`, of one event loop."""
 
     def __init__(self, address: Address) -> None:
         self._address = address
@@ -192,9 +219,13 @@ class Link(asyncio.Protocol):
 
     def data_received(self, data: bytes) -> None:
         for number, body in self._frames.feed(data):
-            waiting = self._waiting.pop(number, None)
-            if waiting is not None and not waiting.done():
-                waiting.set_result(body)
+            self.frame_received(number, body)
+
+    def frame_received(self, number: int, body: bytes) -> None:
+        """An answer."""
+        waiting = self._waiting.pop(number, None)
+        if waiting is not None and not waiting.done():
+            waiting.set_result(body)
 
     def connection_lost(self, exc: Exception | None) -> None:
         self.lost = True
@@ -208,23 +239,39 @@ class Link(asyncio.Protocol):
 
     async def ask(self, body: bytes) -> bytes:
         """The answer to a message; LinkLost where the connection ends first."""
-        if self.lost or self._transport is None:
-            raise LinkLost("the connection has ended")
-        self._number = number = (self._number + 1) % 2**32
+        number = self._next_number()
         answer = self._waiting[number] = asyncio.get_running_loop().create_future()
-        write_frame(self._transport, number, body)
+        self._send(number, body)
         try:
             return await answer
         finally:
             self._waiting.pop(number, None)
 
+    def _next_number(self) -> int:
+        """Of a message; LinkLost where none can be sent."""
+        if self.lost or self._transport is None:
+            raise LinkLost("the connection has ended")
+        self._number = (self._number + 1) % 2**32
+        return self._number
 
-async def linked(address: Address) -> AsyncGenerator[Link, None]:
+    def _send(self, number: int, body: bytes) -> None:
+        assert self._transport is not None
+        write_frame(self._transport, number, body)
+
+
+def linked(address: Address) -> AsyncGenerator[Link, None]:
+    """`connected` to a store."""
+    return connected(address, Link)
+
+
+async def connected(
+    address: Address, make: Callable[[Address], AnyLink]
+) -> AsyncGenerator[AnyLink, None]:
     """Yields a connection once, and ends it when it is closed: `asyncio.run` does that for whoever is suspended in it when the loop ends.
     OSError or WaitTimeout where it cannot be made."""
     loop = asyncio.get_running_loop()
-    connecting: Any = loop.create_connection(lambda: Link(address), address.host, address.port)
-    on = f"a connection to the store at {address.host}:{address.port}"
+    connecting: Any = loop.create_connection(lambda: make(address), address.host, address.port)
+    on = f"a connection to {address.host}:{address.port}"
     transport, link = await waits.wait(connecting, on=on, seconds=CONNECT_SECONDS)
     try:
         yield link
