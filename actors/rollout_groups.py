@@ -72,8 +72,9 @@ class GroupRollouts:
             "temperature": settings.temperature
             if mode == "train"
             else self.config.validation.temperature,
-            "max_tokens": settings.max_tokens,
         }
+        if settings.max_tokens is not None:
+            sampling["max_tokens"] = settings.max_tokens
         if settings.seeded:
             sampling["seed"] = _seed(self.config.seed, mode, metadata)
         return EnqueueRolloutRequest(

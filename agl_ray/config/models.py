@@ -73,8 +73,8 @@ class RolloutSection(Section):
     seeded: bool = True
     """Seed the sampling of every call by (run seed, row, member, number of the call), so that a run can be repeated; costs the
     engine a little per call. False: the engine's own random stream."""
-    max_tokens: Positive = 40
-    """Most new tokens per model call where the agent does not ask for fewer."""
+    max_tokens: Positive | None = None
+    """Most new tokens per model call where the agent does not ask for fewer. None = as many as `engine.max_model_len` has room for."""
 
 
 class ValidationConfig(Section):
@@ -165,7 +165,8 @@ class LearnerConfig(Section):
     tokens_per_microbatch: Positive = 4096
     """Token budget of one packed forward pass (a longer single row still goes alone)."""
     max_row_tokens: Positive = 1024
-    """A row (conversation) longer than this is dropped or cut (`trajectory.overlong`) after the advantages are taken, and counted."""
+    """A row (conversation) longer than this is dropped or cut (`trajectory.overlong`) after the advantages are taken, and counted. A run that
+    does not give it takes `engine.max_model_len`, which no conversation exceeds."""
     dtype: Literal["float32", "bfloat16"] = "float32"
     """Compute format of the forward pass (FSDP mixed precision); parameters stay float32."""
     gradient_checkpointing: bool = False
@@ -324,12 +325,20 @@ class RunConfig(Section):
         return sorted(name for name, role in self.roles.items() if role.kind == "train")
 
     @model_validator(mode="after")
+    def _no_row_is_too_long(self) -> RunConfig:
+        """Where `learner.max_row_tokens` is not given, a row of the engine's longest conversation is trained on."""
+        if "max_row_tokens" not in self.learner.model_fields_set:
+            longest = {"max_row_tokens": self.engine.max_model_len}
+            object.__setattr__(self, "learner", self.learner.model_copy(update=longest))  # frozen
+        return self
+
+    @model_validator(mode="after")
     def _consistent(self) -> RunConfig:
         if self.rollout.min_group > self.rollout.group_size:
             raise ValueError(
                 f"rollout.min_group ({self.rollout.min_group}) is larger than rollout.group_size ({self.rollout.group_size}): no group could ever be trained on"
             )
-        if self.rollout.max_tokens >= self.engine.max_model_len:
+        if (self.rollout.max_tokens or 0) >= self.engine.max_model_len:
             raise ValueError(
                 f"rollout.max_tokens ({self.rollout.max_tokens}) leaves no room for a prompt in engine.max_model_len ({self.engine.max_model_len})"
             )

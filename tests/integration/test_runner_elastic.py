@@ -130,6 +130,11 @@ def test_a_pool_grows_while_work_waits_and_shrinks_without_it(store: LightningSt
             # The last of Ray's many lines, too.
             ("runners.runtime_env", "Max retries exceeded", "Connection refused"),
         ),
+        (
+            {"runtime_env": {"image_uri": "127.0.0.1:9/agents:1"}},
+            # Ray pulls it with podman: said whether podman is not there, or does not find the image.
+            ("runners.runtime_env", "podman"),
+        ),
     ],
 )
 def test_a_pool_that_cannot_start_says_why(

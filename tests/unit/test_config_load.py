@@ -63,6 +63,19 @@ def test_an_override_sets_a_list_a_null_and_a_whole_section(config_file: Path) -
     assert (config.model.path, config.model.make, config.store.url) == ("models/tiny", None, None)
 
 
+def test_a_row_may_be_as_long_as_a_conversation_unless_it_is_said(config_file: Path) -> None:
+    assert load_config(config_file, ["engine.max_model_len=4096"]).learner.max_row_tokens == 4096
+    more = ["engine.max_model_len=4096", "learner.lr=0.1"]
+    assert load_config(config_file, more).learner.max_row_tokens == 4096
+    more = ["engine.max_model_len=4096", "learner.max_row_tokens=2048"]
+    assert load_config(config_file, more).learner.max_row_tokens == 2048
+    assert load_config(config_file).rollout.max_tokens is None
+    parts = ["engine.max_model_len", "expected a whole number"]
+    message = wrong(config_file, "engine.max_model_len=long")
+    assert all(part in message for part in parts)
+    assert "max_row_tokens" not in message
+
+
 def test_adapters_are_off_until_their_section_is_there(config_file: Path) -> None:
     assert load_config(config_file).learner.lora is None
     assert load_config(config_file, ["learner.lora={}"]).learner.lora == LearnerLoraConfig()

@@ -60,6 +60,11 @@ def test_a_runner_gets_what_was_asked_for() -> None:
         "pip": ["six"],
         "env_vars": {"A": "1", "OMP_NUM_THREADS": "2"},
     }
+    image = RunnersConfig(runtime_env={"image_uri": "h/agents:7", "env_vars": {"A": "1"}})
+    assert runner_options("w", image)["runtime_env"] == {
+        "image_uri": "h/agents:7",
+        "env_vars": {"A": "1", "OMP_NUM_THREADS": "1"},
+    }
     bare = runner_options("w", RunnersConfig())
     assert bare["runtime_env"] == {"env_vars": {"OMP_NUM_THREADS": "1"}}
 
