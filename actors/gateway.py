@@ -274,13 +274,14 @@ def serve_environment(config: RunConfig) -> dict[str, str]:
     """Environment variables that Serve's processes need; set them before `ray.init` starts (or joins) the cluster.
 
     For `gateway.proxy: haproxy` the dictionary is another one at each call: free ports for its metrics and statistics pages (9101 and
-    8404 would clash with another cluster's), private files, a range of replica ports, and a short drain.
+    8404 would clash with another cluster's) and for the proxy behind it that takes calls while no replica lives (at 8500 that is the proxy of
+    whichever cluster of this machine was there first), private files, a range of replica ports, and a short drain.
     """
     # Serve's own 5 s are short for a busy machine: it would kill the proxy that is coming up, and fail the start with it.
     patience = {"RAY_SERVE_PROXY_READY_CHECK_TIMEOUT_S": str(PROXY_SECONDS)}
     if config.gateway.proxy == "serve":
         return patience
-    metrics, stats = _free_ports("127.0.0.1", 2)
+    metrics, stats, behind, behind_grpc = _free_ports("127.0.0.1", 4)
     folder = _short_folder(f"agl{os.getpid()}-{metrics}")
     first = _free_range(REPLICA_PORTS)
     return {
@@ -288,6 +289,8 @@ def serve_environment(config: RunConfig) -> dict[str, str]:
         "RAY_SERVE_ENABLE_HA_PROXY": "1",
         "RAY_SERVE_HAPROXY_METRICS_PORT": str(metrics),
         "RAY_SERVE_HAPROXY_STATS_PORT": str(stats),
+        "RAY_SERVE_FALLBACK_PROXY_HTTP_PORT": str(behind),
+        "RAY_SERVE_FALLBACK_PROXY_GRPC_PORT": str(behind_grpc),
         "RAY_SERVE_HAPROXY_CONFIG_FILE_LOC": str(folder / "cfg"),
         "RAY_SERVE_HAPROXY_SOCKET_PATH": str(folder / "a"),
         "RAY_SERVE_HAPROXY_METRICS_SOCKET_PATH": str(folder / "m"),

@@ -2,8 +2,11 @@
 
 from __future__ import annotations
 
+import contextlib
+import threading
 import time
 from collections.abc import Iterator
+from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
 from pathlib import Path
 from typing import Any
 
@@ -12,12 +15,38 @@ import pytest
 from gateway_fakes import TOOL
 from gateway_system import System, start
 
+FALLBACK_PORT = 8500  # Serve's, unless it is told another one
+
+
+class Stranger(BaseHTTPRequestHandler):
+    """The gateway of another run of this machine: it knows none of our rollouts."""
+
+    def do_POST(self) -> None:
+        self.send_error(404, "rollout is not known to this stranger")
+
+    do_GET = do_POST
+
+
+@contextlib.contextmanager
+def stranger() -> Iterator[None]:
+    """Somebody at the port where Serve's fallback is by default."""
+    try:
+        server = ThreadingHTTPServer(("0.0.0.0", FALLBACK_PORT), Stranger)
+    except OSError:  # another cluster's Serve is there: a stranger, too
+        yield
+        return
+    threading.Thread(target=server.serve_forever, daemon=True).start()
+    yield
+    server.shutdown()
+    server.server_close()
+
 
 @pytest.fixture(scope="module")
 def system(scratch: Path) -> Iterator[System]:
-    running = start(scratch / "k", engines=2)
-    yield running
-    running.stop()
+    with stranger():
+        running = start(scratch / "k", engines=2)
+        yield running
+        running.stop()
 
 
 def say(text: str) -> dict[str, Any]:
