@@ -172,10 +172,14 @@ class Attempts:
             elif idle > live.patience:
                 silent.append(key)
         if silent and (self._asking is None or self._asking.done()):
-            self._asking = asyncio.create_task(self._forget_ended(silent[:MOST_ASKED]))
+            self._asking = asyncio.create_task(self._forget_ended(silent))
 
     async def _forget_ended(self, keys: list[tuple[str, str]]) -> None:
         """Forget those of these attempts that are over: a run has many, and each holds its whole conversation."""
+        for start in range(0, len(keys), MOST_ASKED):
+            await self._forget_some(keys[start : start + MOST_ASKED])
+
+    async def _forget_some(self, keys: list[tuple[str, str]]) -> None:
         answers = await asyncio.gather(
             *(self._ask(self._store.get_latest_attempt(key[0]), f"{key}") for key in keys),
             return_exceptions=True,
