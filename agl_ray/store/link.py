@@ -13,6 +13,7 @@ Who calls it: `agl_ray.store.transport` (the client's side), `actors.store` (the
 
 from __future__ import annotations
 
+import abc
 import asyncio
 import hmac
 import logging
@@ -136,7 +137,7 @@ class LinkDoor(Listener):
         super().__init__(lambda key: _Caller(answer, key))
 
 
-class Greeted(asyncio.Protocol):
+class Greeted(asyncio.Protocol, abc.ABC):
     """A client's connection, at the side that listens: nothing but the key is read before the key was shown."""
 
     def __init__(self, key: bytes) -> None:
@@ -145,9 +146,9 @@ class Greeted(asyncio.Protocol):
         self._greeted = False
         self._transport: asyncio.Transport | None = None
 
+    @abc.abstractmethod
     def frame_received(self, number: int, body: bytes) -> None:
         """A message."""
-        raise NotImplementedError
 
     def send(self, number: int, body: bytes) -> None:
         """Nothing where the connection has ended."""
