@@ -6,17 +6,16 @@ engine and is trained. Test alone: tests/unit/test_config_roles.py.
 
 from __future__ import annotations
 
-import os
 from pathlib import Path
 from typing import Annotated, Any, Literal
 from urllib.parse import urlsplit
 
 from pydantic import Field, model_validator
 
+from agl_ray.config.keys import endpoint_key
 from agl_ray.config.model_folder import check_model_folder
 from agl_ray.config.paths import find
 from agl_ray.config.section import Positive, PositiveFloat, Section
-from agl_ray.types.errors import ConfigError
 
 RoleName = Annotated[str, Field(pattern=r"^[A-Za-z0-9][A-Za-z0-9._-]{0,63}$")]
 
@@ -106,13 +105,7 @@ def endpoint_keys(roles: dict[str, RoleConfig]) -> dict[str, str]:
     """Role -> its key, out of this process's environment; ConfigError names the role and the variable that is not set."""
     keys = {}
     for name, role in roles.items():
-        if role.api_key_env is None:
-            continue
-        key = os.environ.get(role.api_key_env)
-        if not key:
-            raise ConfigError(
-                f"roles.{name}.api_key_env: expected the environment variable {role.api_key_env} to hold the key of "
-                f"{role.base_url}, got nothing; set it where the run is started"
-            )
-        keys[name] = key
+        key = endpoint_key(f"roles.{name}.api_key_env", role.api_key_env, role.base_url)
+        if key is not None:
+            keys[name] = key
     return keys

@@ -6,14 +6,13 @@ On-policy distillation (agl_ray/algorithms/opd.py). Off unless the section is gi
 
 from __future__ import annotations
 
-import os
 from typing import Annotated, Self
 from urllib.parse import urlsplit
 
 from pydantic import Field, model_validator
 
+from agl_ray.config.keys import endpoint_key
 from agl_ray.config.section import Fraction, NonNegative, Positive, PositiveFloat, Section
-from agl_ray.types.errors import ConfigError
 
 
 class TeacherConfig(Section):
@@ -47,15 +46,8 @@ class TeacherConfig(Section):
 
     def key(self) -> str | None:
         """Its key, out of this process's environment; ConfigError where it is named and not there."""
-        if self.api_key_env is None:
-            return None
-        key = os.environ.get(self.api_key_env)
-        if not key:
-            raise ConfigError(
-                f"algorithm.teacher.api_key_env: expected the environment variable {self.api_key_env} to hold the key of {self.base_url}, got "
-                "nothing; set it where the learner runs"
-            )
-        return key
+        field = "algorithm.teacher.api_key_env"
+        return endpoint_key(field, self.api_key_env, self.base_url, "where the learner runs")
 
     @model_validator(mode="after")
     def _consistent(self) -> Self:

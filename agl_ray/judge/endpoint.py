@@ -6,15 +6,14 @@ Who calls it: the judge actor. Test alone: tests/unit/test_judge_endpoint.py (a 
 from __future__ import annotations
 
 import json
-import os
 from typing import Any
 
 import aiohttp
 
 from agl_ray.config.judge import JudgeConfig
+from agl_ray.config.keys import endpoint_key
 from agl_ray.judge.bench import AskAgain, JudgeFailed
 from agl_ray.judge.case import Case, Verdict
-from agl_ray.types import ConfigError
 
 PASSING = (408, 409, 429)  # besides 500 and above
 _FORM = {
@@ -31,7 +30,7 @@ class AskingModel:
     def __init__(self, config: JudgeConfig) -> None:
         self._config = config
         self._url = f"{(config.base_url or '').rstrip('/')}/chat/completions"
-        self._key = _key(config)
+        self._key = endpoint_key("judge.api_key_env", config.api_key_env, config.base_url)
         self._session: aiohttp.ClientSession | None = None
 
     async def __call__(self, case: Case) -> Verdict:
@@ -110,18 +109,6 @@ def filled(template: str, values: dict[str, str]) -> str:
     first = min(at, key=at.__getitem__)
     head, _, tail = template.partition(first)
     return head + values[first] + filled(tail, values)
-
-
-def _key(config: JudgeConfig) -> str | None:
-    if config.api_key_env is None:
-        return None
-    key = os.environ.get(config.api_key_env)
-    if not key:
-        raise ConfigError(
-            f"judge.api_key_env: expected the environment variable {config.api_key_env} to hold the key of {config.base_url}, got "
-            "nothing; set it where the run is started"
-        )
-    return key
 
 
 def _check_status(answer: aiohttp.ClientResponse, text: str, url: str) -> None:
