@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import json
+import subprocess
+import sys
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
@@ -152,3 +154,15 @@ def test_schedules_fall_from_1_to_their_end(schedule: Any, middle: float) -> Non
     assert [config.lr_share(step) for step in (0, 1, 2)] == [0.5, 1.0, 1.0]
     assert config.lr_share(7) == pytest.approx(middle)
     assert config.lr_share(12) == pytest.approx(1.0 if schedule == "constant" else 0.1)
+
+
+def test_what_happens_after_a_ranks_work_cannot_make_it_fail() -> None:
+    program = (
+        "import atexit, os\n"
+        "from agl_ray.learner import sft_run\n"
+        "atexit.register(os.abort)  # as a thread of Gloo's does now and then while the interpreter shuts down\n"
+        "sft_run.run_rank = lambda *given: print('trained', given[0])\n"
+        "sft_run.own_process(1, None, 0)\n"
+    )
+    ended = subprocess.run([sys.executable, "-c", program], capture_output=True, text=True)
+    assert (ended.returncode, ended.stdout) == (0, "trained 1\n"), ended.stderr
