@@ -35,7 +35,7 @@ from actors.restart_watch import RestartWatch
 from actors.rollout_groups import GroupRollouts
 from actors.run_events import RunEvents
 from actors.run_metrics import RunMetrics
-from actors.runner_pool import RunnerPool
+from actors.runner_pools import RunnerPools
 from agl_ray.agents import NO_HOST, Hook, Host, LitAgent
 from agl_ray.config import RunConfig
 from agl_ray.config.roles import role_models
@@ -184,7 +184,7 @@ class Controller:
             positions=RowPositions(self.ledger.next_row, self.ledger.open_rows),
             weight_version=lambda: self.ledger.step,
         )
-        pool = RunnerPool(
+        pool = RunnerPools(
             self.config,
             self.store,
             self.agent,

@@ -107,9 +107,10 @@ class GroupRollouts:
         ids = [rollout.rollout_id for rollout in rollouts]
         per_attempt = self.config.rollout.timeout_seconds + self.config.runners.lease_seconds
         runners = self.config.runners
-        waves = 1 + self.config.rollouts_per_step // (max(1, runners.fewest) * runners.concurrency)
+        waves = 1 + self.config.rollouts_per_step // runners.capacity
         limit = per_attempt * self.config.rollout.max_attempts * waves + GRACE
-        limit += runners.start_seconds  # the pool says itself what keeps its runners from starting
+        # A pool says itself what keeps its runners from starting.
+        limit += max(pool.start_seconds for pool in runners.by_name.values())
         done = await self.store.wait_for_rollouts(rollout_ids=ids, timeout=limit)
         if len(done) < len(ids):
             missing = sorted(set(ids) - {rollout.rollout_id for rollout in done})

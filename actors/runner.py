@@ -23,7 +23,7 @@ from agl_ray.agents import NO_HOST, Hook, Host, LitAgent, Outcome, check_hooks, 
 from agl_ray.agents.calling import left_threads
 from agl_ray.agents.command import STORE_KEY
 from agl_ray.agents.isolation import isolated
-from agl_ray.config.runners import RunnersConfig
+from agl_ray.config.runners import RunnerPoolConfig
 from agl_ray.config.tracing import TracingConfig
 from agl_ray.judge import judged
 from agl_ray.judge.settle import Judges
@@ -263,7 +263,7 @@ def _otlp_endpoint(resources: NamedResources) -> str | None:
     return next((f"{one.endpoint.rstrip('/')}/v1/traces" for one in gateways), None)
 
 
-def runner_options(worker_id: str, runners: RunnersConfig) -> dict[str, Any]:
+def runner_options(worker_id: str, runners: RunnerPoolConfig) -> dict[str, Any]:
     """Ray options of a runner actor. It is not restarted by Ray: the pool replaces it under a new worker id, so that a
     late word from the old one can never be taken for the new one's."""
     given = runners.runtime_env

@@ -1,11 +1,11 @@
-"""The pool of runners: keeps as many alive as there should be and tells the store at once when one dies.
+"""One pool of runners: keeps as many alive as there should be and tells the store at once when one dies.
 
-Not an actor of its own: a helper inside the controller, which owns the runners (when the controller dies, Ray ends them). Each runner has
-a place, a task that starts it, replaces it when it dies, and ends with it.
+Not an actor of its own: a helper inside the controller (`actors.runner_pools`), which owns the runners (when the controller dies, Ray ends
+them). Each runner has a place, a task that starts it, replaces it when it dies, and ends with it.
 
     loop      consumes                       produces              waits for
-    place     a runner's life                the next runner       its start, at most runners.start_seconds; then its end, of which Ray tells
-    grow      a queue that does not empty    places                the store (a condition there), a place that is free, runners that start
+    place     a runner's life                the next runner       its start, at most start_seconds of the pool; then its end, of which Ray tells
+    grow      a queue that does not empty    places                the store (a condition there), a place that is free, runners that start, earlier pools
     shrink    a runner without work          its end               the runner (a condition there), the others
 
 Test alone: tests/integration/test_runner_pool.py, test_runner_elastic.py.
@@ -22,11 +22,12 @@ from typing import Any
 import ray
 from ray.actor import ActorHandle
 
-from actors.judge import JudgePool
 from actors.runner import Runner, runner_options
 from actors.runner_start import NotStarted, first_line, started, whole
 from agl_ray.agents import NO_HOST, Hook, Host, LitAgent
 from agl_ray.config import RunConfig
+from agl_ray.config.runners import FIRST, place_of
+from agl_ray.judge.settle import Judges
 from agl_ray.store import LightningStore
 from agl_ray.types import RunError, new_id
 from agl_ray.waits import wait
@@ -42,10 +43,11 @@ log = logging.getLogger(__name__)
 
 
 class RunnerPool:
-    """`supervise()` places the runners, replaces the dead, grows and shrinks where `runners.max_runners` says so, until `stop()`.
+    """`supervise()` places the runners, replaces the dead, grows and shrinks where `max_runners` says so, until `stop()`.
 
-    notice: called with what the person should know when a runner died and was replaced; remark: when one cannot start. hooks: around
-    every rollout. host: what agents are told.
+    name: which of `runners.by_name`. earlier: the pools that grow before this one. notice: called with what the person should know when a
+    runner died and was replaced; remark: when one cannot start. hooks: around every rollout. host: what agents are told. judges: who
+    gives the rewards; None: the agent does.
     """
 
     def __init__(
@@ -60,14 +62,15 @@ class RunnerPool:
         remark: Callable[[str], None] = log.warning,
         hooks: tuple[Hook, ...] = (),
         host: Host = NO_HOST,
+        judges: Judges | None = None,
+        name: str = FIRST,
+        earlier: tuple[RunnerPool, ...] = (),
     ) -> None:
         self.config, self.store, self.agent = config, store, agent
+        self.name, self.runners, self.earlier = name, config.runners.by_name[name], earlier
         self.base, self.namespace = base, namespace
         self.notice, self.remark = notice, remark
-        self.hooks, self.host = hooks, host
-        self._judges: JudgePool | None = None
-        if config.judge.on:
-            self._judges = JudgePool(config.judge, base=base, namespace=namespace)
+        self.hooks, self.host, self.judges = hooks, host, judges
         self._handles: dict[str, ActorHandle] = {}
         self._starting: set[str] = set()
         self._leaving: set[str] = set()
@@ -86,13 +89,20 @@ class RunnerPool:
         """Runners that are there or start, without those that leave."""
         return self._staying
 
+    @property
+    def exhausted(self) -> bool:
+        """Whether it will add none now: it has all that it may have, or its last found no place."""
+        full = self._refused or self._staying >= self.runners.most
+        return full and not self._starting
+
+    async def until_exhausted(self) -> None:
+        await self._until(lambda: self.exhausted)
+
     async def supervise(self) -> None:
         """Keep the pool as it should be until `stop`; RunError when runners die as fast as they start, or cannot start."""
-        if self._judges is not None:
-            await self._judges.start()
-        for _ in range(self.config.runners.fewest):
+        for _ in range(self.runners.fewest):
             self._add()
-        if self.config.runners.elastic:
+        if self.runners.elastic:
             self._growing = self._begin(self._grow())
         await self._over.wait()
         if self._error is not None:
@@ -123,26 +133,31 @@ class RunnerPool:
 
     async def _grow(self) -> None:
         """Add places while rollouts wait and nobody takes them."""
-        runners = self.config.runners
+        runners = self.runners
         while True:
             await self._until(lambda: self._staying < runners.most and not self._starting)
             if self._refused:
-                self._refused = False
                 await asyncio.sleep(REST)
+                self._refused = False
+                self._tell()
+            for pool in self.earlier:
+                await pool.until_exhausted()
             waiting = await self.store.wait_for_queue(standing=GROW_AFTER, timeout=HEAR)
+            if not all(pool.exhausted for pool in self.earlier):
+                continue
             wanted = math.ceil(waiting / runners.concurrency)
             for _ in range(min(wanted, runners.most - self._staying)):
                 self._add()
 
     def _add(self) -> None:
         self._staying += 1
-        self._begin(self._place(self._named(self._num_made)))
+        self._begin(self._place(self._num_made, self._named(self._num_made)))
         self._num_made += 1
         self._tell()
 
     async def _shrink(self, worker_id: str, handle: ActorHandle) -> None:
         """Ask this runner to leave once it has long been idle, should the pool be larger than it must."""
-        runners = self.config.runners
+        runners = self.runners
         while True:
             await self._until(lambda: self._staying > runners.fewest)
             try:
@@ -165,19 +180,18 @@ class RunnerPool:
 
     def _named(self, index: int) -> str:
         """Unique over the cluster and over restarts; the index is for people."""
-        worker_id = f"runner-{index}-{new_id('w')[2:]}"
+        worker_id = f"{self.name}-{index}-{new_id('w')[2:]}"
         self._starting.add(worker_id)
         return worker_id
 
-    async def _place(self, worker_id: str) -> None:
-        """The lives of the runners of one place."""
-        index = int(worker_id.split("-")[1])
+    async def _place(self, index: int, worker_id: str) -> None:
+        """The lives of the runners of one place, of which `worker_id` is the first."""
         quick_deaths = 0
         while not self._stopping:
             try:
                 quick_deaths = await self._live(worker_id, quick_deaths)
             except NotStarted as error:
-                if self._staying <= self.config.runners.fewest:
+                if self._staying <= self.runners.fewest:
                     raise
                 self._refused = True
                 self._give_up(worker_id)
@@ -198,11 +212,11 @@ class RunnerPool:
         began: float | None = None
         shrinking: asyncio.Task[None] | None = None
         try:
-            await started(handle, worker_id, self.config.runners, self.remark)
+            await started(handle, worker_id, self.runners, place_of(self.name), self.remark)
             began = loop.time()
             self._starting.discard(worker_id)
             self._tell()
-            if self.config.runners.elastic:
+            if self.runners.elastic:
                 shrinking = self._begin(self._shrink(worker_id, handle))
             await handle.run.remote()  # ends when the runner leaves; Ray raises when it dies
             # What the store leased to it while it was leaving.
@@ -234,7 +248,7 @@ class RunnerPool:
         )
 
     def _create(self, worker_id: str) -> ActorHandle:
-        runners = self.config.runners
+        runners = self.runners
         options = runner_options(worker_id, runners) | {"namespace": self.namespace}
         return (  # type: ignore[no-any-return]
             ray.remote(Runner)
@@ -246,20 +260,20 @@ class RunnerPool:
                 base=self.base,
                 concurrency=runners.concurrency,
                 timeout_seconds=self.config.rollout.timeout_seconds,
-                lease_seconds=runners.lease_seconds,
+                lease_seconds=self.config.runners.lease_seconds,
                 tracing=self.config.tracing,
                 otlp=self.config.store.door,
                 isolation=runners.isolation,
                 hooks=self.hooks,
                 host=self.host,
-                judges=None if self._judges is None else self._judges.client,
+                judges=self.judges,
             )
         )
 
     # The end ----------------------------------------------------------------------------------------
 
     async def stop(self) -> None:
-        """Ask every runner to leave; kill those that have not after STOP seconds, and the judges then."""
+        """Ask every runner to leave; kill those that have not after STOP seconds."""
         self._stopping = True
         if self._growing is not None:
             self._growing.cancel()
@@ -272,8 +286,6 @@ class RunnerPool:
         for handle in self._handles.values():
             ray.kill(handle)
         await self._all_gone()
-        if self._judges is not None:
-            self._judges.stop()
         self._over.set()
 
     async def _all_gone(self) -> None:

@@ -14,7 +14,7 @@ from typing import Any
 import ray
 from ray.actor import ActorHandle
 
-from agl_ray.config.runners import RunnersConfig
+from agl_ray.config.runners import RunnerPoolConfig
 from agl_ray.types import RunError, WaitTimeout
 from agl_ray.waits import wait
 
@@ -27,25 +27,29 @@ class NotStarted(RunError):
 
 
 async def started(
-    handle: ActorHandle, worker_id: str, runners: RunnersConfig, remark: Callable[[str], None]
+    handle: ActorHandle,
+    worker_id: str,
+    runners: RunnerPoolConfig,
+    at: str,
+    remark: Callable[[str], None],
 ) -> None:
-    """Return when the runner answers. NotStarted where its environment cannot be made, or past `runners.start_seconds`;
-    Ray's own RayActorError where it died. remark: told, after a while, what it waits for."""
+    """Return when the runner answers. NotStarted where its environment cannot be made, or past `start_seconds` of its pool, which
+    stands `at` this place of the configuration; Ray's own RayActorError where it died. remark: told, after a while, what it waits for."""
     answer = asyncio.wrap_future(handle.ping.remote().future())
     try:
         patience = min(PATIENCE, runners.start_seconds)
         done, _ = await asyncio.wait({answer}, timeout=patience)
         left = runners.start_seconds - patience
         if not done and left > 0:
-            remark(f"{worker_id} has not started after {patience:g} s: {_why(runners)}")
+            remark(f"{worker_id} has not started after {patience:g} s: {_why(runners, at)}")
         await wait(answer, on=f"{worker_id} to start", seconds=max(left, 0.0))
     except ray.exceptions.RuntimeEnvSetupError as error:
         raise NotStarted(
-            f"runner pool: the environment of runners.runtime_env cannot be made (for {worker_id}): {whole(error)}"
+            f"runner pool: the environment of {at}.runtime_env cannot be made (for {worker_id}): {whole(error)}"
         ) from error
     except WaitTimeout as error:
         raise NotStarted(
-            f"runner pool: {worker_id} did not start within runners.start_seconds ({runners.start_seconds:g} s): {_why(runners)}"
+            f"runner pool: {worker_id} did not start within {at}.start_seconds ({runners.start_seconds:g} s): {_why(runners, at)}"
         ) from error
 
 
@@ -58,20 +62,20 @@ def first_line(error: BaseException) -> str:
     return whole(error).splitlines()[0]
 
 
-def _why(runners: RunnersConfig) -> str:
+def _why(runners: RunnerPoolConfig, at: str) -> str:
     """What a runner needs and what the nodes have."""
     needs = {"CPU": runners.num_cpus, **runners.resources}
     nodes = [node["Resources"] for node in ray.nodes() if node["Alive"]]
     words = f"a runner needs {_amounts(needs)}; "
     if not any(all(node.get(name, 0.0) >= much for name, much in needs.items()) for node in nodes):
         return (
-            f"{words}no node of the cluster has that, together they have {_amounts(ray.cluster_resources())}. Make runners.resources or "
-            "runners.num_cpus smaller, or start nodes that have it"
+            f"{words}no node of the cluster has that, together they have {_amounts(ray.cluster_resources())}. Make {at}.resources or "
+            f"{at}.num_cpus smaller, or start nodes that have it"
         )
     free = ray.available_resources()
     if all(free.get(name, 0.0) >= much for name, much in needs.items()):
         what = (
-            "its environment (runners.runtime_env) is being made, or its"
+            f"its environment ({at}.runtime_env) is being made, or its"
             if runners.runtime_env
             else "its"
         )

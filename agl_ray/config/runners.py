@@ -1,4 +1,4 @@
-"""The section `runners`: how many runners there are, and how they keep agents apart from one another.
+"""The section `runners`: pools of runners, how many there are in each, and how they keep agents apart from one another.
 
 Called by `agl_ray.config.models`. Test alone: tests/unit/test_config_load.py.
 """
@@ -7,7 +7,7 @@ from __future__ import annotations
 
 from typing import Annotated, Any, Literal, Self
 
-from pydantic import Field, model_validator
+from pydantic import Field, StringConstraints, model_validator
 
 from agl_ray.config.section import NonNegative, Positive, PositiveFloat, Section
 
@@ -19,7 +19,13 @@ _OF_RAY = (
 )  # resources that have options of their own
 
 
-class RunnersConfig(Section):
+FIRST = "runner"  # the name of the pool that the section itself is; part of its runners' names
+PoolName = Annotated[str, StringConstraints(pattern=r"^[a-z0-9][a-z0-9_-]{0,31}$")]
+
+
+class RunnerPoolConfig(Section):
+    """One pool. `check` is called by the section that it stands in, which knows its name."""
+
     num_runners: Positive = 1
     """Runner actors in the pool, spread over the nodes."""
     min_runners: NonNegative | None = None
@@ -36,8 +42,6 @@ class RunnersConfig(Section):
     so that a coroutine that blocks holds up no other. process: every rollout in a fresh process (Linux), which is ended at its deadline with
     all that it has started, whose crash is its own end only, and whose output is kept with the attempt. A thread cannot be ended: a plain
     function that overruns under inline or thread is left behind, counted as `left_threads` in its runner's heartbeat."""
-    lease_seconds: PositiveFloat = 30.0
-    """A runner that Ray cannot see to be dead but that renews no lease for this long loses its attempts (`lost`)."""
     num_cpus: Annotated[float, Field(ge=0)] = 0.1
     """CPUs that Ray reserves for one runner."""
     resources: dict[str, PositiveFloat] = {}
@@ -62,35 +66,70 @@ class RunnersConfig(Section):
     def most(self) -> int:
         return self.num_runners if self.max_runners is None else self.max_runners
 
-    @model_validator(mode="after")
-    def _consistent(self) -> Self:
+    def check(self, at: str) -> None:
+        """ValueError for what cannot be together; `at`: where the pool stands (`runners`, `runners.pools.spot`)."""
         if (self.min_runners is None) != (self.max_runners is None):
             raise ValueError(
-                "runners: give min_runners and max_runners together, or num_runners alone"
+                f"{at}: give min_runners and max_runners together, or num_runners alone"
             )
         if self.min_runners is not None and self.max_runners is not None:
             if self.num_runners != 1:
                 raise ValueError(
-                    f"runners.num_runners ({self.num_runners}) is the size of a pool that does not grow; leave it out beside min_runners and max_runners"
+                    f"{at}.num_runners ({self.num_runners}) is the size of a pool that does not grow; leave it out beside min_runners and max_runners"
                 )
             if self.min_runners > self.max_runners:
                 raise ValueError(
-                    f"runners.min_runners ({self.min_runners}) is larger than runners.max_runners ({self.max_runners})"
+                    f"{at}.min_runners ({self.min_runners}) is larger than {at}.max_runners ({self.max_runners})"
                 )
         elif self.idle_seconds != 60.0:
-            raise ValueError("runners.idle_seconds acts together with runners.max_runners only")
+            raise ValueError(f"{at}.idle_seconds acts together with {at}.max_runners only")
         for name in self.resources:
             if name in _OF_RAY:
                 raise ValueError(
-                    f"runners.resources: {name} is not a custom resource; expected names that the cluster's nodes were started with"
-                    + (", and runners.num_cpus for CPUs" if name == "CPU" else "")
+                    f"{at}.resources: {name} is not a custom resource; expected names that the cluster's nodes were started with"
+                    + (f", and {at}.num_cpus for CPUs" if name == "CPU" else "")
                 )
         if self.runtime_env:
-            _check_runtime_env(self.runtime_env)
+            _check_runtime_env(self.runtime_env, at)
+
+
+class RunnersConfig(RunnerPoolConfig):
+    lease_seconds: PositiveFloat = 30.0
+    """A runner that Ray cannot see to be dead but that renews no lease for this long loses its attempts (`lost`)."""
+    pools: dict[PoolName, RunnerPoolConfig] = {}
+    """Further pools of the same agent beside the one that this section is, each with the keys above (`spot: {min_runners: 0, max_runners: 8,
+    resources: {spot: 1}}`); what one leaves out has its default. All take from one queue. Pools grow in the order in which they stand here: one
+    adds runners only once those before it have all that they may have, or find no place."""
+
+    @property
+    def by_name(self) -> dict[str, RunnerPoolConfig]:
+        """Every pool, in the order in which they grow."""
+        return {FIRST: self, **self.pools}
+
+    @property
+    def capacity(self) -> int:
+        """Rollouts that are worked on at once, at the least."""
+        pools = self.by_name.values()
+        return sum(pool.fewest * pool.concurrency for pool in pools) or self.concurrency
+
+    @model_validator(mode="after")
+    def _consistent(self) -> Self:
+        self.check("runners")
+        for name, pool in self.pools.items():
+            if name == FIRST:
+                raise ValueError(
+                    f"runners.pools: {FIRST!r} is the name of the pool that the section runners itself is; give this one another"
+                )
+            pool.check(place_of(name))
         return self
 
 
-def _check_runtime_env(given: dict[str, Any]) -> None:
+def place_of(pool: str) -> str:
+    """Where the pool of this name stands in the configuration."""
+    return "runners" if pool == FIRST else f"runners.pools.{pool}"
+
+
+def _check_runtime_env(given: dict[str, Any], at: str) -> None:
     """ValueError, with Ray's words, for what Ray would refuse later."""
     from ray.runtime_env import RuntimeEnv
 
@@ -100,17 +139,17 @@ def _check_runtime_env(given: dict[str, Any]) -> None:
     unknown = sorted(set(given) - RuntimeEnv.known_fields - known)
     if unknown:
         raise ValueError(
-            f"runners.runtime_env: expected keys that Ray knows ({', '.join(sorted(known))}), got {unknown[0]!r}"
+            f"{at}.runtime_env: expected keys that Ray knows ({', '.join(sorted(known))}), got {unknown[0]!r}"
         )
     for name in ("working_dir", "py_modules"):
         value = given.get(name) or []
         for one in [value] if isinstance(value, str) else value:
             if "://" not in str(one):
                 raise ValueError(
-                    f"runners.runtime_env: {name}: expected the URI of an archive (https://.../agent.zip, s3://..., gs://...), got {one!r}: Ray takes "
+                    f"{at}.runtime_env: {name}: expected the URI of an archive (https://.../agent.zip, s3://..., gs://...), got {one!r}: Ray takes "
                     "folders of a whole job only (ray job submit --working-dir)"
                 )
     try:
         RuntimeEnv(**given)
     except (TypeError, ValueError) as error:
-        raise ValueError(f"runners.runtime_env: {error}") from error
+        raise ValueError(f"{at}.runtime_env: {error}") from error

@@ -55,7 +55,8 @@ def needed_gib(config: RunConfig | None, base: Path | None = None) -> dict[str, 
         needs["reference"] = _gib(
             _here(config) * FROZEN * _reference_parameters(config, base, size)
         )
-    return {**needs, "runners": config.runners.most * RUNNER_GIB}
+    runners = sum(pool.most for pool in config.runners.by_name.values())
+    return {**needs, "runners": runners * RUNNER_GIB}
 
 
 def _here(config: RunConfig) -> int:

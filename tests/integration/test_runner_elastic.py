@@ -12,6 +12,7 @@ import pytest
 from actors import runner as runner_module
 from actors.runner import Runner
 from actors.runner_pool import RunnerPool
+from actors.runner_pools import RunnerPools
 from actors.store import create_store
 from agl_ray.config import RunConfig
 from agl_ray.config.tracing import TracingConfig
@@ -162,8 +163,7 @@ def test_a_larger_pool_that_finds_no_place_goes_on_without(store: LightningStore
         try:
             await asyncio.wait_for(pool._until(lambda: bool(pool._handles)), 60)
             await asyncio.wait_for(pool._until(lambda: not pool._starting), 60)
-            hasty = settings.runners.model_copy(update={"start_seconds": 2.0})
-            pool.config = settings.model_copy(update={"runners": hasty})
+            pool.runners = settings.runners.model_copy(update={"start_seconds": 2.0})
             for _ in range(8):
                 await store.enqueue_rollout({"reward": 1.0, "seconds": 1.0})
             await asyncio.wait_for(pool._until(lambda: pool.num_runners == 2), 60)
@@ -176,3 +176,60 @@ def test_a_larger_pool_that_finds_no_place_goes_on_without(store: LightningStore
         assert said[-1].endswith("the run goes on without it")
 
     asyncio.run(main())
+
+
+async def workers_of(settings: RunConfig, store: LightningStore, said: list[str]) -> set[str]:
+    """The pools whose runners had a share of twelve rollouts, two at once in each runner; the others stay away."""
+    pools = RunnerPools(
+        settings,
+        store,
+        f"{AGENTS}:slow_echo",
+        base=str(AGENTS.parent),
+        namespace=new_id("pool"),
+        notice=said.append,
+        remark=said.append,
+    )
+    supervision = asyncio.ensure_future(pools.supervise())
+    await store.add_resources({})
+    try:
+        ids = [
+            (await store.enqueue_rollout({"reward": 1.0, "seconds": 1.0})).rollout_id
+            for _ in range(12)
+        ]
+        assert len(await store.wait_for_rollouts(rollout_ids=ids, timeout=60)) == 12
+    finally:
+        await pools.stop()
+        await supervision
+    attempts = await store.get_attempts(ids)
+    assert {one.end_reason for one in attempts} == {EndReason.OK}
+    return {str(one.worker_id).split("-")[0] for one in attempts}
+
+
+@pytest.mark.slow
+def test_pools_share_the_queue_and_grow_in_their_order(store: LightningStore) -> None:
+    first, further = {"min_runners": 0, "max_runners": 1}, {"min_runners": 0, "max_runners": 2}
+    settings = config(**first, pools={"spot": {**further, "concurrency": 2}})
+    said: list[str] = []
+    assert asyncio.run(workers_of(settings, store, said)) == {"runner", "spot"}
+    assert not [one for one in said if "died" in one]
+    enough = config(min_runners=0, max_runners=6, pools={"spot": {**further, "concurrency": 2}})
+    assert asyncio.run(workers_of(enough, store, said)) == {"runner"}
+
+
+@pytest.mark.slow
+def test_a_pool_without_a_place_leaves_the_work_to_the_next(store: LightningStore) -> None:
+    nowhere = {"min_runners": 0, "max_runners": 1, "resources": {"sandbox": 1.0}}
+    spot = {"min_runners": 0, "max_runners": 1, "concurrency": 2}
+    said: list[str] = []
+    settings = config(**nowhere, start_seconds=1.0, pools={"spot": spot})
+    assert asyncio.run(workers_of(settings, store, said)) == {"spot"}
+    assert "no node of the cluster has that" in said[0]
+
+
+@pytest.mark.slow
+def test_a_further_pool_that_cannot_start_ends_the_run_and_says_which(
+    store: LightningStore,
+) -> None:
+    lonely = {"resources": {"sandbox": 1.0}, "start_seconds": 1.0}
+    with pytest.raises(RunError, match=r"runners\.pools\.spot\.start_seconds \(1 s\)"):
+        asyncio.run(workers_of(config(pools={"spot": lonely}), store, []))

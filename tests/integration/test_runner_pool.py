@@ -10,7 +10,7 @@ from typing import Any
 import pytest
 
 from actors.rollout_groups import GroupRollouts
-from actors.runner_pool import RunnerPool
+from actors.runner_pools import RunnerPools
 from actors.store import create_store
 from agl_ray.config import RunConfig
 from agl_ray.schedule import RowPositions
@@ -52,7 +52,7 @@ async def with_pool(
     resources = await store.add_resources(
         {"main_llm": LLM(endpoint="http://127.0.0.1:9", model="m")}
     )
-    pool = RunnerPool(
+    pool = RunnerPools(
         settings,
         store,
         agent if ":" in agent else f"{AGENTS}:{agent}",

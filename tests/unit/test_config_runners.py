@@ -48,6 +48,41 @@ def test_what_cannot_be_is_refused_with_its_key(given: dict[str, Any], text: str
     assert text in error["msg"]
 
 
+@pytest.mark.parametrize(
+    ("pools", "text"),
+    [
+        ({"spot": {"min_runners": 2, "max_runners": 1}}, "runners.pools.spot.max_runners (1)"),
+        ({"spot": {"resources": {"CPU": 1.0}}}, "and runners.pools.spot.num_cpus for CPUs"),
+        ({"spot": {"runtime_env": {"pipp": []}}}, "runners.pools.spot.runtime_env: expected keys"),
+        ({"runner": {}}, "'runner' is the name of the pool that the section runners itself is"),
+        ({"spot": {"lease_seconds": 9.0}}, "Extra inputs"),
+        ({"Spot!": {}}, "String should match"),
+    ],
+)
+def test_a_further_pool_is_refused_by_its_own_name(pools: dict[str, Any], text: str) -> None:
+    with pytest.raises(ValidationError) as found:
+        RunnersConfig.model_validate({"pools": pools})
+    (error,) = found.value.errors()
+    assert text in error["msg"]
+
+
+def test_pools_together() -> None:
+    runners = RunnersConfig.model_validate(
+        {
+            "num_runners": 2,
+            "concurrency": 8,
+            "pools": {
+                "spot": {"min_runners": 0, "max_runners": 9, "concurrency": 4},
+                "box": {"num_runners": 3, "concurrency": 1},
+            },
+        }
+    )
+    assert list(runners.by_name) == ["runner", "spot", "box"]
+    assert runners.capacity == 2 * 8 + 3
+    assert RunnersConfig(min_runners=0, max_runners=2, concurrency=8).capacity == 8
+    assert RunnersConfig.model_validate(runners.model_dump(mode="json")) == runners
+
+
 def test_a_runner_gets_what_was_asked_for() -> None:
     runners = RunnersConfig(
         num_cpus=0.5,
