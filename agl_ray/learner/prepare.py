@@ -115,8 +115,7 @@ def lay_out(
         **built.counts(),
         **units.counts,
         **dropped,
-        **(_signal(advantages_U, units, len(batch.groups)) if episodes is None else ALL_SIGNAL),
-        **(ALL_SIGNAL if algorithm.config.teacher is not None else {}),
+        **_signal(advantages_U, units, len(batch.groups), algorithm),
         "groups": float(len(batch.groups)),
         "rollouts": float(len(batch.members)),
         "tokens_dropped_unrewarded": unrewarded,
@@ -125,10 +124,7 @@ def lay_out(
     if algorithm.needs_choice:
         draws = np.random.default_rng([seed, batch.step, 1]).random(len(rows.ids))
         rows = replace(rows, columns={**rows.columns, "draw": draws})
-    there = rows.weights != 0
-    if algorithm.skip_zero_advantage:
-        there &= rows.columns["advantages"] != 0
-    chosen = np.flatnonzero(np.bincount(row, weights=there, minlength=len(rows)))
+    chosen = _to_learn_from(rows, algorithm)
     rows, attempt = rows.take(chosen), attempt[chosen]
     parts = _split(attempt, config.minibatches, np.random.default_rng([seed, batch.step]))
     roles: list[str | None] = [None] * len(rows)
@@ -136,8 +132,7 @@ def lay_out(
         roles = _roles_of_rows(rows, built.calls)
     packing = _Packing(LAYOUTS[trajectory.rows], world_size, config.tokens_per_microbatch)
     updates, forward = _pack_alike(_with_share(rows, len(parts)), parts, roles, packing)
-    stats |= {"rows": float(len(rows)), **forward}
-    stats |= _ages(rows, batch.step - 1)
+    stats |= {"rows": float(len(rows)), **forward, **_ages(rows, batch.step - 1)}
     stats["seconds_layout"] = time.perf_counter() - started - stats.get("seconds_teacher", 0.0)
     of_all = (stats, after, units if late else None, episodes)
     return [
@@ -159,8 +154,7 @@ def with_advantages(payload: Payload, penalty: Array, algorithm: Algorithm) -> P
     ]
     stats = {
         **payload.stats,
-        **_signal(advantages_U, units, int(payload.stats["groups"])),
-        **(ALL_SIGNAL if algorithm.config.teacher is not None else {}),
+        **_signal(advantages_U, units, int(payload.stats["groups"]), algorithm),
         "kl_penalty": float(penalty.mean()) if len(penalty) else 0.0,
     }
     return Payload(payload.step, updates, stats, kept)
@@ -228,8 +222,10 @@ def _with_places(rows: Rows, units: Units, over: str) -> tuple[Rows, Episodes]:
     return replace(rows, columns={**rows.columns, "place": place}), episodes
 
 
-def _signal(advantages_U: Array, units: Units, rows: int) -> dict[str, float]:
+def _signal(advantages_U: Array, units: Units, rows: int, algorithm: Algorithm) -> dict[str, float]:
     """How many groups, of rows of the data and of units, have no advantage but 0; and how advantages are spread over the units."""
+    if algorithm.needs_critic:
+        return ALL_SIGNAL
     there = advantages_U != 0
     of_rows = np.bincount(units.row, weights=there, minlength=rows)
     of_units = np.bincount(units.group, weights=there)
@@ -239,6 +235,7 @@ def _signal(advantages_U: Array, units: Units, rows: int) -> dict[str, float]:
         "advantage_mean": float(advantages_U.mean()) if len(there) else 0.0,
         "advantage_std": float(advantages_U.std()) if len(there) else 0.0,
         "advantage_max": float(abs(advantages_U).max(initial=0.0)),
+        **(ALL_SIGNAL if algorithm.config.teacher is not None else {}),
     }
 
 
@@ -260,6 +257,14 @@ def _with_streams(rows: Rows, advantages: Array, scale: Array) -> Rows:
         "engine_logprobs": np.where(trained, rows.columns["engine_logprobs"], 0.0),
     }
     return replace(rows, columns=streams)
+
+
+def _to_learn_from(rows: Rows, algorithm: Algorithm) -> Array:
+    """The rows that have a gradient."""
+    there = rows.weights != 0
+    if algorithm.skip_zero_advantage:
+        there &= rows.columns["advantages"] != 0
+    return np.flatnonzero(np.bincount(rows.row_of_token, weights=there, minlength=len(rows)))
 
 
 def _split(attempt: Array, minibatches: int, rng: np.random.Generator) -> list[Array]:
