@@ -18,6 +18,7 @@ WEIGHT_PATTERNS = ("*.safetensors", "pytorch_model*.bin")
 LOGIT_CHANGES = {"final_logit_softcapping": None, "logit_scale": 1.0, "logits_scaling": 1.0}
 # Layers in which learner/attention.py says what a token sees. Others (recurrent ones, chunks) would mix the rows of a micro-batch, silently.
 LAYERS = {"full_attention", "sliding_attention"}
+CHECKED_ROW = 6  # tokens of each of the two rows that `load_model` runs; more than the recurrent layers' convolutions see
 
 
 def check_model_folder(path: str | Path) -> Path:
@@ -89,4 +90,63 @@ def load_model(path: str | Path, device: str = "cpu") -> Any:
             f"({len(report['missing_keys'])} missing in all)"
         )
     model.set_attn_implementation(attention.NAME)
-    return model.eval().to(device)
+    model = model.eval().to(device)
+    _check_rows_apart(model, folder)
+    return model
+
+
+def _check_rows_apart(model: Any, folder: Path) -> None:
+    """InputError where a row's log-probabilities depend on the row before it in a micro-batch."""
+    from agl_ray.learner import attention
+
+    kind = model.config.model_type
+    advice = (
+        "rows of a micro-batch would see each other, so that this architecture cannot be trained here; take one with softmax attention alone "
+        "(Qwen, Llama, Gemma 3, ...)"
+    )
+    used = model.config._attn_implementation
+    if used != attention.NAME:  # transformers warns only
+        raise InputError(
+            f"model folder {folder}: model_type {kind}: expected attention that takes the implementation {attention.NAME}, got {used}: {advice}"
+        )
+    seen = _gradient_of_another_row(model)
+    if seen > 0:
+        raise InputError(
+            f"model folder {folder}: model_type {kind}: expected a row's log-probabilities not to depend on the row before it, got a gradient of "
+            f"{seen:.1e}: {advice}"
+        )
+
+
+def _gradient_of_another_row(model: Any) -> float:
+    """The largest derivative of a row's log-probabilities by the embeddings of the row before it: exactly 0 where rows are apart.
+
+    Comparing two forward passes would need a tolerance: a mixture of experts computes other products where the other row has other tokens.
+    """
+    import torch
+
+    from agl_ray.learner.packing import pack, token_logprobs
+    from agl_ray.trajectory.ragged import Rows
+
+    embeddings = model.get_input_embeddings()
+    ids = [i % embeddings.weight.shape[0] for i in range(2 * CHECKED_ROW)]
+    weights = [[0.0] * CHECKED_ROW, [0.0] + [1.0] * (CHECKED_ROW - 1)]
+    micro = pack(Rows.from_lists([ids[:CHECKED_ROW], ids[CHECKED_ROW:]], weights), len(ids))[0]
+    embedded: list[torch.Tensor] = []
+
+    def keep(_module: Any, _inputs: Any, output: torch.Tensor) -> torch.Tensor:
+        embedded.append(output.requires_grad_())
+        return output.clone()  # which the model may change in place
+
+    trained = [parameter for parameter in model.parameters() if parameter.requires_grad]
+    hook = embeddings.register_forward_hook(keep)
+    try:
+        for parameter in trained:  # the gradient of a large output head would be made and dropped
+            parameter.requires_grad_(False)
+        with torch.enable_grad():
+            logprobs = token_logprobs(model, micro)
+            (gradient,) = torch.autograd.grad(logprobs.sum(), embedded[:1])
+    finally:
+        hook.remove()
+        for parameter in trained:
+            parameter.requires_grad_(True)
+    return float(gradient[0, :CHECKED_ROW].abs().max())
