@@ -78,7 +78,8 @@ class AlgorithmConfig(Section):
     zero_signal: Literal["keep", "refill"] = "keep"
     """A row whose rollouts all got the same reward teaches nothing. keep: its group stays in the batch, where it counts in the denominators;
     refill (DAPO's dynamic sampling): it leaves the batch, and a further row is sampled in its place. Refill needs a group's advantages to be
-    known from its rollouts' rewards: `credit` at its defaults, an advantage whose baseline is the group's, `normalize` not batch."""
+    known from its rollouts' rewards: `credit` at its defaults, an advantage whose baseline is the group's, `normalize` not batch. The rewards are
+    those before `overlong_tokens`, as in the paper."""
     refill_batches: PositiveFloat = 4.0
     """zero_signal refill: most further groups of one step, in batches (times `rollout.groups_per_step`). When they are used up, the step goes on
     with the groups that have signal, and a notice says so."""
@@ -97,6 +98,13 @@ class AlgorithmConfig(Section):
     gae_over: Literal["unit", "rollout"] = "unit"
     """Advantage gae: what an episode is. unit: a unit of credit (`credit.unit`); rollout: all units of a rollout, in the order of their calls, each
     reward at the last token of its unit (`credit.unit` call or role, `credit.outcome` last or none)."""
+    overlong_tokens: Annotated[int, Field(gt=0)] | None = None
+    """Soft overlong punishment (DAPO): the length, in tokens that the policy sampled in a unit of credit (`credit.unit`), from which its reward loses
+    `overlong_factor`. Given together with `overlong_buffer`. None = rewards do not depend on lengths."""
+    overlong_buffer: Annotated[int, Field(gt=0)] | None = None
+    """The last so many of `overlong_tokens` over which the loss grows from 0 in equal steps: units of at most overlong_tokens - overlong_buffer lose nothing."""
+    overlong_factor: PositiveFloat = 1.0
+    """What a unit of `overlong_tokens` or more loses; 1 in the paper, for rewards of -1 and 1."""
     loss: str = "clip"
     """Gain of a token: clip (PPO), gspo, gmpo, cispo, sapo, clip_cov, kl_cov, dppo, topr, a name registered with `@agl.policy_loss`, or `file.py:function`."""
     aggregation: Aggregation = "token-mean"
@@ -188,6 +196,7 @@ class AlgorithmConfig(Section):
             )
         _check_ratio(self)
         _check_teacher(self)
+        _check_overlong(self)
         for field, (switch, values) in _ACTS_WITH.items():
             changed = getattr(self, field) != type(self).model_fields[field].default
             if changed and getattr(self, switch) not in values:
@@ -233,6 +242,45 @@ def _check_teacher(config: AlgorithmConfig) -> None:
         raise ValueError(
             f"algorithm.{field} has no effect with advantage none, which takes nothing from the rewards; leave it out"
         )
+
+
+def _check_overlong(config: AlgorithmConfig) -> None:
+    """ValueError where only a part of the punishment is given, it would leave nobody unpunished, or nothing could come of it."""
+    longest, buffer = config.overlong_tokens, config.overlong_buffer
+    if longest is None or buffer is None:
+        given = [name for name in _OVERLONG if getattr(config, name) not in (None, 1.0)]
+        if given:
+            raise ValueError(
+                f"algorithm.{given[0]} acts with both algorithm.overlong_tokens (the longest length) and algorithm.overlong_buffer (the last part "
+                f"of it) only, got {longest} and {buffer}; give both or leave it out"
+            )
+        return
+    if buffer >= longest:
+        raise ValueError(
+            f"algorithm.overlong_buffer: expected less than algorithm.overlong_tokens ({longest}), got {buffer}: every length would be punished"
+        )
+    if config.advantage == "maxrl":
+        raise ValueError(
+            "algorithm.overlong_tokens makes rewards negative, and advantage maxrl needs rewards of 0 or more; leave it out or choose another"
+        )
+    if config.advantage == "none":
+        raise ValueError(
+            "algorithm.overlong_tokens has no effect with advantage none, which takes nothing from the rewards; leave it out"
+        )
+
+
+def check_reachable(config: AlgorithmConfig, most: int) -> None:
+    """ValueError where units of a single call, of at most `most` tokens, are never long enough for the punishment."""
+    free = (config.overlong_tokens or 0) - (config.overlong_buffer or 0)
+    if config.overlong_tokens is not None and free >= most:
+        raise ValueError(
+            f"algorithm.overlong_tokens {config.overlong_tokens} with overlong_buffer {config.overlong_buffer} punishes calls of more than {free} tokens, "
+            f"and with credit.unit call none has more than {most} (rollout.max_tokens, engine.max_model_len); leave it out or lower it"
+        )
+
+
+_OVERLONG = ("overlong_tokens", "overlong_buffer", "overlong_factor")
+"""Switches of the soft overlong punishment, which act together (algorithms/overlong_shaping.py)."""
 
 
 def located_reference(config: AlgorithmConfig, base: Path) -> AlgorithmConfig:

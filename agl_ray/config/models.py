@@ -12,7 +12,7 @@ from typing import Annotated, Literal
 from pydantic import Field, field_validator, model_validator
 
 from agl_ray.config.agent import AgentKey
-from agl_ray.config.algorithm import AlgorithmConfig
+from agl_ray.config.algorithm import AlgorithmConfig, check_reachable
 from agl_ray.config.credit import CreditConfig
 from agl_ray.config.critic import CriticConfig, check_baseline
 from agl_ray.config.judge import JudgeConfig
@@ -365,6 +365,11 @@ class RunConfig(Section):
                 "algorithm.loss kl_cov penalises what has moved since the start of the batch, and with learner.minibatches 1 nothing has; say "
                 "2 or more"
             )
+        if self.credit.unit == "call":
+            most = min(
+                self.rollout.max_tokens or self.engine.max_model_len, self.engine.max_model_len
+            )
+            check_reachable(self.algorithm, most)
         check_temperature(self.algorithm.teacher, self.rollout.temperature)
         check_verl(self)
         check_baseline(self.algorithm, self.credit, self.learner.critic, self.rollout.min_group)

@@ -19,6 +19,7 @@ import pyarrow as pa
 
 from agl_ray.algorithms.base import AdvantageInputs, Episodes
 from agl_ray.algorithms.gae import TokenPlaces, lay_episodes
+from agl_ray.algorithms.overlong_shaping import overlong_penalty
 from agl_ray.config.trajectory import TrajectoryConfig
 from agl_ray.learner.layouts import LAYOUTS, Layout
 from agl_ray.learner.packing import Packed, pack
@@ -91,6 +92,7 @@ def lay_out(
     built = build_rows(spans, batch.attempts, trajectory)
     units = (credit or Credit()).units(built.calls, spans, batch)
     _check_decidable(units, batch, algorithm)
+    units, punished = _punished(units, algorithm)
     after = dict(kept or {})
     late = algorithm.late_advantages and not algorithm.needs_critic
     advantages_U = (
@@ -114,6 +116,7 @@ def lay_out(
     stats = {
         **built.counts(),
         **units.counts,
+        **punished,
         **dropped,
         **_signal(advantages_U, units, len(batch.groups), algorithm),
         "groups": float(len(batch.groups)),
@@ -186,6 +189,18 @@ def _check_decidable(units: Units, batch: TrainBatch, algorithm: Algorithm) -> N
             f"step {batch.step}: algorithm.zero_signal refill decides by the rewards of whole rollouts, and {parts} rewards of parts (calls, turns, "
             "tags, roles) were given too; give them to the rollout or say algorithm.zero_signal: keep"
         )
+
+
+def _punished(units: Units, algorithm: Algorithm) -> tuple[Units, dict[str, float]]:
+    """The units with rewards less the punishment for their lengths, and its metrics; as they are where there is none (`algorithm.overlong_tokens`)."""
+    if algorithm.config.overlong_tokens is None:
+        return units, {}
+    penalty = overlong_penalty(units.tokens, algorithm.config)
+    counts = {
+        "overlong_penalty": float(-penalty.mean()) if len(penalty) else 0.0,
+        "overlong_share": float((penalty < 0).mean()) if len(penalty) else 0.0,
+    }
+    return replace(units, reward=units.reward + penalty), counts
 
 
 def _only_of_units(rows: Rows, units: Units) -> tuple[Rows, float]:

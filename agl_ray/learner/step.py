@@ -56,7 +56,8 @@ rows_dropped_overlong, rows_dropped_empty, groups, zero_signal_groups (no unit o
 unit_groups, zero_signal_unit_groups, rollouts, rollouts_without_calls, rollouts_without_reward (a dimension that counts is missing),
 rewards_of_parts, rewards_unplaced (of parts without a call), calls, calls_failed, calls_greedy, calls_constrained, calls_frozen, branches, retokenized_tokens
 (of all calls). reward_of.DIMENSION: mean over the rollouts that have it; reward_role.ROLE, reward_tag.TAG: mean over the units with a call of that
-role, of that tag. advantage_mean, advantage_std, advantage_max (of the absolute ones): over all units.
+role, of that tag. With `algorithm.overlong_tokens`: overlong_penalty (mean of what was taken off a unit's reward; the metrics of rewards are of those before
+it) and overlong_share (of the units, how many lost some). advantage_mean, advantage_std, advantage_max (of the absolute ones): over all units.
 With a critic (learner/critic.py): value_mean and return_mean (over the trained tokens of the whole batch, before the critic's updates), explained_variance
 (1 - Var(return - value) / Var(return)), value_loss (mean over the critic's updates, critic_updates of them, at critic_lr), value_clip_fraction (share of
 tokens whose clipped value counts), critic_grad_norm (before clipping); advantages are then of tokens, no group is without signal, and

@@ -27,6 +27,8 @@ STEP_METRICS = {
     "groups": "groups in the batch",
     "zero_signal_groups": "groups whose rewards are all equal: no gradient from them",
     "valid_groups": "groups with signal",
+    "overlong_penalty": "mean of what was taken off a unit's reward for its length (algorithm.overlong_tokens); `reward` is before it",
+    "overlong_share": "share of the units that lost some",
     "groups_sampled": "groups sampled for the step, those without signal included (algorithm.zero_signal refill; so the next three)",
     "groups_refilled": "of these, groups without signal that a further row was sampled for",
     "groups_short": "groups that the batch lacks since the step's further groups were used up",

@@ -15,7 +15,7 @@ import agl_ray as agl
 from agl_ray.algorithms import registry
 from agl_ray.algorithms.algorithm import Algorithm, make_algorithm
 from agl_ray.algorithms.base import AdvantageInputs, Episodes, Gain, LossInputs, Tokens
-from agl_ray.config.algorithm import _ACTS_WITH, AlgorithmConfig
+from agl_ray.config.algorithm import _ACTS_WITH, _OVERLONG, AlgorithmConfig
 from agl_ray.types import ConfigError
 
 READERS = registry.switches()
@@ -160,7 +160,7 @@ def test_every_switch_is_some_functions_or_acts_with_another() -> None:
         "name", "imports", "advantage", "normalize", "zero_signal", "loss", "aggregation", "entropy_coefficient", "proximal", "correction", "kl",
         "teacher",
     }  # fmt: skip
-    groups = always, set(_ACTS_WITH), set(READERS)
+    groups = always, set(_ACTS_WITH), set(READERS), set(_OVERLONG)
     unplaced = AlgorithmConfig.model_fields.keys() - set().union(*groups)
     assert not unplaced, (
         "which function reads it, with what does it act? (reads=, _ACTS_WITH; above: always)"
