@@ -23,7 +23,7 @@ from agl_ray.gateway.caller import CallPath
 from agl_ray.gateway.canonical import CallRequest, CallResult, Refusal, Streamed
 from agl_ray.gateway.constrained import allowed, structure
 from agl_ray.gateway.engine_api import GenerateRequest, GenerateResult, join_chunks
-from agl_ray.gateway.limits import TOO_MANY_CALLS, TOO_MANY_TOKENS, Limits
+from agl_ray.gateway.limits import TOO_MANY_CALLS, TOO_MANY_TOKENS, Admission, Limits
 from agl_ray.gateway.open_call import Open
 from agl_ray.gateway.outside import OutsideCall
 from agl_ray.gateway.overlong import Overlong, fit
@@ -85,10 +85,10 @@ class Door:
         """Answer a call whole. Refusal for anything the caller is to be told; its span is in the store when this returns."""
         async with self._opened(path) as live:
             role = self._roles.of(path.role)
-            with self._settings.limits.admitted(live):
+            with self._settings.limits.admitted(live) as admission:
                 if isinstance(role, OutsideRole):
-                    return await (await self._outside(path, live, role, request)).whole()
-                call = await self._begin(path, live, role, request)
+                    return await (await self._outside(path, admission, role, request)).whole()
+                call = await self._begin(path, admission, role, request)
                 try:
                     answer = await self._generate(call)
                 except (EngineError, WaitTimeout, InputError) as error:
@@ -101,11 +101,11 @@ class Door:
         """As `call`: pieces as they become certain, then the CallResult, which comes when the span is in the store."""
         async with self._opened(path) as live:
             role = self._roles.of(path.role)
-            with self._settings.limits.admitted(live):
+            with self._settings.limits.admitted(live) as admission:
                 if isinstance(role, OutsideRole):
-                    stream = (await self._outside(path, live, role, request)).stream()
+                    stream = (await self._outside(path, admission, role, request)).stream()
                 else:
-                    stream = self._answers(await self._begin(path, live, role, request))
+                    stream = self._answers(await self._begin(path, admission, role, request))
                 async with aclosing(stream) as pieces:
                     async for piece in pieces:
                         yield piece
@@ -153,16 +153,16 @@ class Door:
             live.open_calls -= 1
 
     async def _outside(
-        self, path: CallPath, live: Live, role: OutsideRole, request: CallRequest
+        self, path: CallPath, admission: Admission, role: OutsideRole, request: CallRequest
     ) -> OutsideCall:
         return await OutsideCall.begin(
             self.attempts,
             role.upstream,
             path,
-            live,
+            admission,
             request,
             seconds=self._settings.call_timeout_seconds,
-            tokens_left=self._settings.limits.tokens_left(live),
+            tokens_left=self._settings.limits.tokens_left(admission.live),
         )
 
     async def _checked(
@@ -183,11 +183,11 @@ class Door:
         return session.plan(request.messages, request.tools, text_model)
 
     async def _begin(
-        self, path: CallPath, live: Live, role: EngineRole, request: CallRequest
+        self, path: CallPath, admission: Admission, role: EngineRole, request: CallRequest
     ) -> Open:
         """Check the request against the attempt and work out the exact prompt."""
         started = time.perf_counter()
-        settings = self._settings
+        settings, live = self._settings, admission.live
         request = await self._checked(path, live, role, request)
         sampling = merge(request.sampling, live.rollout, live.llm, live.drawn)
         check(sampling, live.rollout.mode if role.trained else None)
@@ -207,7 +207,7 @@ class Door:
         live.drawn += 1
         return Open(
             path=path,
-            live=live,
+            admission=admission,
             role=role,
             request=request,
             sampling=sampling,
@@ -337,7 +337,7 @@ class Door:
         )
         if call.request.keep:
             call.live.keep(call.path.role, call.call_id, call.request, result)
-        call.live.counts["calls"] += 1
+        call.admission.answered()
         call.live.counts["response_tokens"] += len(answer.response_ids)
         call.live.counts["cached_tokens"] += answer.cached_tokens
         call.live.counts["retokenized_tokens"] += call.plan.retokenized

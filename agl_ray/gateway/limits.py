@@ -17,6 +17,28 @@ TOO_MANY_CALLS = "rollout_calls_used_up"
 TOO_MANY_TOKENS = "rollout_tokens_used_up"
 
 
+@dataclass
+class Admission:
+    """An admitted call. It counts as underway until it counts as answered, or has ended without an answer."""
+
+    live: Live
+    underway: bool = False
+
+    def begin(self) -> None:
+        self.live.underway += 1
+        self.underway = True
+
+    def end(self) -> None:
+        """May come twice: a stream's answer is counted before its last pieces are sent, and then the stream ends."""
+        self.live.underway -= self.underway
+        self.underway = False
+
+    def answered(self) -> None:
+        """Count it as answered, and as underway no more: at no time as both."""
+        self.end()
+        self.live.counts["calls"] += 1
+
+
 @dataclass(frozen=True)
 class Limits:
     """calls: answered and open ones of an attempt, all roles; tokens: of their responses together. None: no limit."""
@@ -25,7 +47,7 @@ class Limits:
     tokens: int | None = None
 
     @contextmanager
-    def admitted(self, live: Live) -> Iterator[None]:
+    def admitted(self, live: Live) -> Iterator[Admission]:
         """While a call is underway; Refusal where the attempt has used up what it may ask for."""
         if self.calls is not None and live.counts["calls"] + live.underway >= self.calls:
             raise _used_up(f"gateway.max_calls ({self.calls})", TOO_MANY_CALLS)
@@ -33,11 +55,12 @@ class Limits:
         if left is not None and left < 1:
             limit = f"gateway.max_tokens_per_rollout ({self.tokens})"
             raise _used_up(limit, TOO_MANY_TOKENS)
-        live.underway += 1
+        admission = Admission(live)
+        admission.begin()
         try:
-            yield
+            yield admission
         finally:
-            live.underway -= 1
+            admission.end()
 
     def tokens_left(self, live: Live) -> int | None:
         """Response tokens that a call may still have; None: as many as it wants. Calls open at the same time do not know of each other's."""

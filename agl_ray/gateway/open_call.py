@@ -11,6 +11,7 @@ from typing import Any
 from agl_ray.gateway.attempts import Live
 from agl_ray.gateway.caller import CallPath
 from agl_ray.gateway.canonical import CallRequest
+from agl_ray.gateway.limits import Admission
 from agl_ray.gateway.overlong import Cut
 from agl_ray.gateway.roles import EngineRole
 from agl_ray.gateway.session import Plan
@@ -23,7 +24,7 @@ class Open:
     """See the module's text."""
 
     path: CallPath
-    live: Live
+    admission: Admission
     role: EngineRole
     request: CallRequest
     sampling: dict[str, Any]
@@ -35,6 +36,10 @@ class Open:
     started_ns: int
     deadline: float  # on the loop's clock
     timings: dict[str, float]
+
+    @property
+    def live(self) -> Live:
+        return self.admission.live
 
     @property
     def created(self) -> int:

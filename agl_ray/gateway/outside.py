@@ -14,9 +14,10 @@ from dataclasses import dataclass
 
 import msgspec
 
-from agl_ray.gateway.attempts import Attempts, Live
+from agl_ray.gateway.attempts import Attempts
 from agl_ray.gateway.caller import CallPath
 from agl_ray.gateway.canonical import CallRequest, CallResult, Refusal, Streamed
+from agl_ray.gateway.limits import Admission
 from agl_ray.gateway.record import outside_span
 from agl_ray.gateway.upstream import Outside, Upstream
 from agl_ray.spans import new_span_id
@@ -30,7 +31,7 @@ class OutsideCall:
     attempts: Attempts
     upstream: Upstream
     path: CallPath
-    live: Live
+    admission: Admission
     request: CallRequest
     deadline: float
     call_id: str
@@ -42,7 +43,7 @@ class OutsideCall:
         attempts: Attempts,
         upstream: Upstream,
         path: CallPath,
-        live: Live,
+        admission: Admission,
         request: CallRequest,
         *,
         seconds: float,
@@ -51,14 +52,14 @@ class OutsideCall:
         """Refusal for what an endpoint cannot be asked for. seconds: the call's deadline; tokens_left: most response tokens."""
         _check(request, upstream.model)
         if request.previous is not None:
-            request = await attempts.continued(path, live, request)
+            request = await attempts.continued(path, admission.live, request)
         if tokens_left is not None:
             wanted = request.sampling.get("max_tokens") or tokens_left
             sampling = {**request.sampling, "max_tokens": min(wanted, tokens_left)}
             request = msgspec.structs.replace(request, sampling=sampling)
         deadline = asyncio.get_running_loop().time() + seconds
         started = time.time_ns()
-        return cls(attempts, upstream, path, live, request, deadline, new_span_id(), started)
+        return cls(attempts, upstream, path, admission, request, deadline, new_span_id(), started)
 
     async def whole(self) -> CallResult:
         """The answer, when its span is in the store."""
@@ -86,7 +87,7 @@ class OutsideCall:
         yield await self._finish(answer)
 
     async def _finish(self, answer: Outside) -> CallResult:
-        path, live = self.path, self.live
+        path, live = self.path, self.admission.live
         result = CallResult(
             call_id=self.call_id,
             created=self.started_ns // 1_000_000_000,
@@ -116,14 +117,14 @@ class OutsideCall:
         await self.attempts.answered(path, live, self.started_ns)
         if self.request.keep:
             live.keep(path.role, self.call_id, self.request, result)
-        live.counts["calls"] += 1
+        self.admission.answered()
         live.counts["outside_calls"] += 1
         live.counts["response_tokens"] += result.num_response
         return result
 
     async def _failed(self, error: Exception) -> Refusal:
         return await self.attempts.failed(
-            self.path, self.live, self.call_id, self.started_ns, error
+            self.path, self.admission.live, self.call_id, self.started_ns, error
         )
 
 

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import asyncio
+from contextlib import aclosing
 from typing import Any
 
 import pytest
@@ -10,9 +11,13 @@ from gateway_desk import Desk, says
 from gateway_fakes import save_model_folder
 
 from agl_ray.gateway.caller import CallPath
-from agl_ray.gateway.canonical import SAMPLING_KEYS
+from agl_ray.gateway.canonical import SAMPLING_KEYS, CallRequest, Refusal
 from agl_ray.gateway.limits import Limits
 from agl_ray.gateway.render import Renderer
+from agl_ray.gateway.roles import OutsideRole
+from agl_ray.gateway.upstream import Outside, Piece, Upstream, UpstreamSettings
+from agl_ray.gateway.upstream_openai import OpenAIApi
+from agl_ray.types import EngineError
 
 CHAT = "v1/chat/completions"
 ASKED = {"model": "tiny", "messages": [{"role": "user", "content": "1+1?"}]}
@@ -69,8 +74,6 @@ def test_calls_at_once_do_not_pass_the_cap_together(renderer: Renderer) -> None:
 
 
 def test_a_failed_call_is_given_back(renderer: Renderer) -> None:
-    from agl_ray.types import EngineError
-
     script = [EngineError("broken"), says(renderer, "yes"), says(renderer, "yes")]
     one = Desk(renderer, script, limits=Limits(calls=1))
     assert [one.post(CHAT, ASKED).status_code for _ in range(3)] == [503, 200, 429]
@@ -119,3 +122,80 @@ def test_what_bends_the_distribution_is_refused_in_training(renderer: Renderer, 
     assert found.status_code == 400
     assert name in found.json()["error"]["message"] + str(found.json()["error"]["param"])
     assert one.engine.requests == []
+
+
+@pytest.mark.parametrize("role", [None, "judge"])
+def test_a_streamed_call_counts_once_while_its_last_pieces_are_sent(
+    renderer: Renderer, role: str | None
+) -> None:
+    far = OutsideRole(_Far())
+    one = desk(renderer, Limits(calls=2), roles={"judge": far})
+    path, asked = CallPath("ro-1", "at-1", role), request("far" if role else "tiny")
+
+    async def run() -> Any:
+        parallel = []
+        async with aclosing(one.door.call_stream(path, asked)) as stream:
+            async for _ in stream:
+                live = await one.door.attempts.open(path)
+                live.open_calls -= 1
+                assert live.counts["calls"] + live.underway == 1 + len(parallel)
+                if live.counts["calls"] and not parallel:
+                    parallel.append(await one.door.call(path, asked))
+        return live, parallel
+
+    live, parallel = asyncio.run(run())
+    assert [answer.content for answer in parallel] == ["yes"]
+    assert (live.counts["calls"], live.counts["refused_calls"], live.underway) == (2, 0, 0)
+
+
+@pytest.mark.parametrize("role", [None, "judge"])
+def test_a_stream_that_fails_or_is_left_is_underway_no_more(
+    renderer: Renderer, role: str | None
+) -> None:
+    one = Desk(
+        renderer,
+        [says(renderer, "yes"), EngineError("broken"), says(renderer, "yes")],
+        limits=Limits(calls=1),
+        roles={"judge": OutsideRole(_Far("left", "broken", "yes"))},
+    )
+    path, asked = CallPath("ro-1", "at-1", role), request("far" if role else "tiny")
+
+    async def run() -> Any:
+        async with aclosing(one.door.call_stream(path, asked)) as stream:
+            await anext(stream)
+            assert (await anext(stream)).text  # it is left in the middle
+        with pytest.raises(Refusal, match="broken"):
+            async for _ in one.door.call_stream(path, asked):
+                pass
+        async for _ in one.door.call_stream(path, asked):
+            pass
+        with pytest.raises(Refusal, match="used up"):
+            await one.door.call(path, asked)
+        return await one.door.attempts.open(path)
+
+    live = asyncio.run(run())
+    assert (live.counts["calls"], live.underway) == (1, 0)
+
+
+def request(model: str) -> CallRequest:
+    return CallRequest(model=model, messages=ASKED["messages"])
+
+
+class _Far(Upstream):
+    """A model outside that says these words, one for each call."""
+
+    def __init__(self, *script: str) -> None:
+        settings = UpstreamSettings(role="judge", base_url="http://far", model="far")
+        super().__init__(settings, OpenAIApi())
+        self.script = iter(script)
+
+    async def whole(self, request: CallRequest, deadline: float) -> Outside:
+        word = next(self.script, "yes")
+        if word == "broken":
+            raise EngineError("broken")
+        return Outside(content=word, finish_reason="stop")
+
+    async def stream(self, request: CallRequest, deadline: float) -> Any:
+        answer = await self.whole(request, deadline)
+        yield Piece(text=answer.content or "")
+        yield answer
