@@ -13,6 +13,7 @@ from __future__ import annotations
 import asyncio
 import logging
 import time
+import weakref
 from collections.abc import Callable
 from dataclasses import dataclass, field
 from typing import Any, Protocol
@@ -121,7 +122,10 @@ class Attempts:
             now,
         )
         self._live: dict[tuple[str, str], Live] = {}
-        self._resolving: dict[tuple[str, str], asyncio.Lock] = {}
+        # Weak: a lock lives as long as a call holds it or waits for it, also where the store knows no such attempt.
+        self._resolving: weakref.WeakValueDictionary[tuple[str, str], asyncio.Lock] = (
+            weakref.WeakValueDictionary()
+        )
         self._swept = now()
         self._asking: asyncio.Task[None] | None = None  # which silent attempts are over
 
@@ -134,10 +138,12 @@ class Attempts:
         self._sweep()
         if key not in self._live:
             lock = self._resolving.setdefault(key, asyncio.Lock())
-            async with lock:
-                if key not in self._live:
-                    self._live[key] = await self._resolve(path)
-            self._resolving.pop(key, None)
+            try:
+                async with lock:
+                    if key not in self._live:
+                        self._live[key] = await self._resolve(path)
+            finally:
+                del lock  # or an error's traceback would keep it
         live = self._live[key]
         await self._still_live(path, live)
         live.used, live.patience = self._now(), SILENT_SECONDS

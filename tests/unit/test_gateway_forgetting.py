@@ -3,12 +3,15 @@
 from __future__ import annotations
 
 import asyncio
+from typing import Any
 
 import pytest
+from gateway_fakes import FakeStore
 
 from agl_ray.gateway import attempts as rooms
 from agl_ray.gateway.attempts import Attempts
 from agl_ray.gateway.caller import CallPath
+from agl_ray.gateway.canonical import Refusal
 from agl_ray.store import LightningStore, StoreCore
 from agl_ray.types import LLM, EndReason
 
@@ -41,3 +44,50 @@ def test_one_sweep_forgets_all_that_are_over(number: int, monkeypatch: pytest.Mo
             await core.close()
 
     asyncio.run(live())
+
+
+def test_attempts_that_nobody_knows_leave_nothing_behind() -> None:
+    held = Attempts(FakeStore(), 5.0, 900.0)
+
+    async def run() -> None:
+        for number in range(50):
+            with pytest.raises(Refusal, match="not known"):
+                await held.open(CallPath(f"ro-unknown-{number}", "at-1"))
+
+    asyncio.run(run())
+    assert (len(held), len(held._resolving)) == (0, 0)
+
+
+def test_calls_that_wait_while_a_resolution_fails_resolve_one_after_another() -> None:
+    """The first fails, the second waits for it, the third comes when the second has begun: one attempt, not two."""
+    store = FakeStore()
+    held = Attempts(store, 5.0, 900.0)
+    path, asked = CallPath("ro-1", "at-1"), []
+    known = store.get_rollout_in_full
+    gates, second = [asyncio.Event(), asyncio.Event()], asyncio.Event()
+
+    async def slow(rollout_id: str) -> Any:
+        number = len(asked)
+        asked.append(number)
+        if number == 1:
+            second.set()
+        await gates[number].wait()
+        return None if number == 0 else await known(rollout_id)
+
+    store.get_rollout_in_full = slow  # type: ignore[method-assign]
+
+    async def run() -> None:
+        calls = [asyncio.create_task(held.open(path)) for _ in range(2)]
+        await asyncio.sleep(0)
+        gates[0].set()
+        with pytest.raises(Refusal, match="not known"):
+            await calls[0]
+        await second.wait()
+        third = asyncio.create_task(held.open(path))
+        await asyncio.sleep(0)
+        gates[1].set()
+        assert await calls[1] is await third
+        assert len(asked) == 2
+
+    asyncio.run(run())
+    assert len(held._resolving) == 0
