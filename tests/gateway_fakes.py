@@ -44,6 +44,11 @@ TRIMMING_TEMPLATE = TEMPLATE.replace("(message.content or '')", "(message.conten
 FORGETTING_TEMPLATE = TEMPLATE.replace(
     "(message.content or '')", "(message.content or '').split('</think>')[-1]"
 )
+OPENING_TEMPLATE = FORGETTING_TEMPLATE.replace(
+    "{{- '<|im_start|>assistant\n' -}}{%- endif -%}",
+    "{{- '<|im_start|>assistant\n<think>\n' -}}{%- endif -%}",
+)
+"""As R1's: the prompt opens the thoughts, and past answers are without them."""
 THINKING_TEMPLATE = TEMPLATE.replace(
     "{{- '<|im_start|>assistant\n' -}}{%- endif -%}",
     "{{- '<|im_start|>assistant\n' + ('<think>\n\n</think>\n\n' if enable_thinking is defined and not enable_thinking else '')"

@@ -52,14 +52,22 @@ class Cut:
 
 
 def answer_mark(text: Text) -> tuple[int, ...]:
-    """The ids that stand before every answer in this template's conversations: the common end of two prompts."""
-    one, other = (
-        text.encode(text.render([{"role": "user", "content": word}], None)) for word in ("a", "b")
+    """The ids that stand before every answer in this template's conversations: the common end of two prompts, as much of it as a past
+    answer has before it too. Templates of models that think open the thoughts in the prompt (R1's "<think>") and forget them later."""
+    user, answer = {"role": "user", "content": "a"}, {"role": "assistant", "content": "x"}
+    other = {"role": "user", "content": "b"}
+    one, two, past = (
+        text.encode(text.render(said, None)) for said in ([user], [other], [user, answer, other])
     )
     same = 0
-    while same < min(len(one), len(other)) and one[-1 - same] == other[-1 - same]:
+    while same < min(len(one), len(two)) and one[-1 - same] == two[-1 - same]:
         same += 1
-    return tuple(one[len(one) - same :])
+    asked = one[len(one) - same :]
+    before = past[: len(past) - same]  # without the end that asks for the next answer
+    for size in range(same, 0, -1):
+        if len(_places(before, asked[:size])) == 1:
+            return tuple(asked[:size])
+    return tuple(asked)  # it is before no past answer: nothing can be cut
 
 
 def fit(
@@ -96,7 +104,7 @@ def fit(
 
 def _turns(ids: list[int], mark: Sequence[int], target: int, fits: int) -> tuple[int, int] | None:
     """The fewest oldest turns whose loss brings the prompt to `target`, or else all but the last, where that fits."""
-    starts = _answers(ids, mark)
+    starts = _places(ids, mark)
     if len(starts) < 3:
         return None
     head, *ends = starts[:-1]
@@ -107,16 +115,18 @@ def _turns(ids: list[int], mark: Sequence[int], target: int, fits: int) -> tuple
 
 
 def _middle(ids: list[int], mark: Sequence[int], target: int, fits: int) -> tuple[int, int] | None:
-    """So many ids behind the head that `target` are left, or `fits` where the head is long."""
-    head = (_answers(ids, mark) or [len(ids)])[0] if mark else target // 2
+    """So many ids behind the head that `target` are left, or `fits` where the head is long. The prompt's end, which asks for the
+    answer, stays."""
+    starts = (_places(ids, mark) or [len(ids)]) if mark else [target // 2, len(ids)]
+    head, end = starts[0], len(mark) + len(ids) - starts[-1]
     for size in (target, fits):
-        if size - head > len(mark) and head < len(ids):
+        if size - head > end and head < starts[-1]:
             return head, len(ids) - (size - head)
     return None
 
 
-def _answers(ids: list[int], mark: Sequence[int]) -> list[int]:
-    """Where answers start: the places behind the mark. The last one is the end, for the answer that is asked for."""
+def _places(ids: list[int], mark: Sequence[int]) -> list[int]:
+    """The places behind the mark: where answers start. The last one is that of the answer that is asked for."""
     if not mark:
         return []
     first, size, wanted = mark[0], len(mark), list(mark)

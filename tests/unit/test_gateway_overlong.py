@@ -2,11 +2,12 @@
 
 from __future__ import annotations
 
+from pathlib import Path
 from typing import Any
 
 import pytest
 from gateway_desk import Desk, calls, says
-from gateway_fakes import TOOL, save_model_folder
+from gateway_fakes import OPENING_TEMPLATE, TEMPLATE, TOOL, TinyText, save_model_folder
 
 from agl_ray.gateway.overlong import answer_mark
 from agl_ray.gateway.render import Renderer
@@ -20,6 +21,12 @@ LONGEST = 240
 @pytest.fixture(scope="module")
 def renderer(tmp_path_factory: pytest.TempPathFactory) -> Renderer:
     return Renderer(save_model_folder(tmp_path_factory.mktemp("model")), "hermes")
+
+
+@pytest.fixture(scope="module")
+def opening(tmp_path_factory: pytest.TempPathFactory) -> Renderer:
+    folder = save_model_folder(tmp_path_factory.mktemp("opening"), OPENING_TEMPLATE)
+    return Renderer(folder, "hermes")
 
 
 def desk(renderer: Renderer, policy: str, **options: Any) -> Desk:
@@ -153,3 +160,66 @@ def test_a_cut_session_survives_a_restart_and_makes_rows(renderer: Renderer) -> 
 
 def test_the_mark_of_an_answer(renderer: Renderer) -> None:
     assert renderer.decode(answer_mark(renderer)) == "<|im_end|>\n<|im_start|>assistant\n"
+
+
+def mark_of(template: str) -> str:
+    text = TinyText(template)
+    return text.decode(list(answer_mark(text)))
+
+
+def test_the_mark_is_what_past_answers_have_before_them_too() -> None:
+    assert mark_of(TEMPLATE) == "<|im_end|>\n<|im_start|>assistant\n"
+    assert mark_of(OPENING_TEMPLATE) == "<|im_end|>\n<|im_start|>assistant\n"
+    closed = TEMPLATE.replace("assistant\n' -}}{%- endif", "assistant\n<think>\n\n' -}}{%- endif")
+    assert mark_of(closed) == "<|im_end|>\n<|im_start|>assistant\n"
+
+
+def test_what_stands_elsewhere_too_is_no_mark() -> None:
+    """An answer's opening that no past answer has: the end of a message, which is left of it, is no answer's."""
+    other = TEMPLATE.replace(
+        "{{- '<|im_start|>assistant\n' -}}{%- endif -%}", "{{- '<think>\n' -}}{%- endif -%}"
+    )
+    assert mark_of(other) == "<|im_end|>\n<think>\n"
+    silent = "{% for message in messages %}{{ message.content }}{% endfor %}"
+    assert mark_of(silent) == ""
+    without = TEMPLATE.partition("{%- if add_generation_prompt")[0]
+    assert mark_of(without) == "<|im_end|>\n"
+
+
+@pytest.mark.parametrize("policy", ["drop-oldest-turns", "truncate-middle"])
+def test_a_prompt_that_opens_the_thoughts_is_cut_too(opening: Renderer, policy: str) -> None:
+    number = iter(range(1000))
+    script = lambda request: says(opening, f"hm</think>answer {next(number)}.")  # noqa: E731
+    one = Desk(opening, script, overlong=policy, max_model_len=LONGEST)
+    rows = talk(one, 14)
+    assert sum("agl.overlong" in row["attributes"] for row in rows) >= 2
+    for request in one.engine.requests:
+        assert len(request.prompt_ids) + 20 <= LONGEST
+        text = opening.decode(request.prompt_ids)
+        assert text.startswith(opening.render(HEAD, None).removesuffix("<think>\n"))
+        assert text.endswith("<|im_end|>\n<|im_start|>assistant\n<think>\n")
+        assert text.count("<think>") == 1
+    last = opening.decode(one.engine.requests[-1].prompt_ids)
+    assert "turn 12 " in last
+    assert "turn 0 " not in last
+    if policy == "drop-oldest-turns":
+        turns = last.split("<|im_end|>\n<|im_start|>assistant\n")[1:-1]
+        assert all(turn.startswith("answer ") and "user\nturn" in turn for turn in turns)
+
+
+@pytest.mark.parametrize("policy", ["drop-oldest-turns", "truncate-middle"])
+def test_the_end_that_asks_for_the_answer_is_never_cut(tmp_path: Path, policy: str) -> None:
+    opening = "assistant\n<think>\nLet me think about that step by step."
+    template = TEMPLATE.replace("assistant\n' -}}{%- endif", f"{opening}' -}}}}{{%- endif")
+    renderer = Renderer(save_model_folder(tmp_path, template))
+    one = Desk(renderer, lambda request: says(renderer, "yes"), overlong=policy, max_model_len=100)
+    for words in range(1, 60):
+        asked = [{"role": "user", "content": "word " * words}]
+        sent = renderer.encode(renderer.render(asked, None))
+        found = one.post(CHAT, {"model": "tiny", "messages": asked, "max_tokens": 20})
+        if found.status_code == 200:
+            assert one.engine.requests[-1].prompt_ids == sent
+        else:
+            assert found.json()["error"]["code"] == "context_length_exceeded"
+            assert len(sent) >= 100
+    assert 5 < len(one.engine.requests) < 50
