@@ -23,7 +23,8 @@ WITHOUT_CRITIC = (*GROUP_BASELINES, "rae", "reward", "none")
 
 class CriticConfig(Section):
     lr: PositiveFloat = 1e-3
-    """AdamW learning rate, constant after warm-up; several times the policy's, since the values start at 0 everywhere."""
+    """Highest AdamW learning rate, after warm-up; it falls with the policy's (`learner.schedule`). Several times as high as that, since the values
+    start at 0 everywhere."""
     warmup_steps: NonNegative = 0
     """Linear warm-up in optimiser updates of the critic."""
     weight_decay: Annotated[float, Field(ge=0)] = 0.0

@@ -19,6 +19,7 @@ from agl_ray.config.judge import JudgeConfig
 from agl_ray.config.logging import LoggingConfig
 from agl_ray.config.lora import LearnerLoraConfig
 from agl_ray.config.roles import RoleConfig, RoleName
+from agl_ray.config.rollout import RolloutSection, ValidationConfig
 from agl_ray.config.runners import RunnersConfig
 from agl_ray.config.section import Fraction, NonNegative, Positive, PositiveFloat, Section
 from agl_ray.config.store_address import without_keys
@@ -55,35 +56,6 @@ class DataConfig(Section):
     """Names that every row must have; checked before anything starts."""
     shuffle: bool = True
     """Shuffle the training rows by seed, anew each epoch. False: file order."""
-
-
-class RolloutSection(Section):
-    groups_per_step: Positive = 16
-    """Rows (groups) per training step."""
-    group_size: Positive = 8
-    """Rollouts of the same row, from whose rewards `algorithm.advantage` makes the baseline. 1 only where it needs no group (gae, reward, rae)."""
-    min_group: Positive = 2
-    """A group with fewer `ok` attempts is dropped and replaced by another row; counted."""
-    timeout_seconds: PositiveFloat = 60.0
-    """Deadline of one attempt; past it the attempt ends `timeout`."""
-    max_attempts: Positive = 2
-    """Attempts per rollout when one ends `engine_error`, `env_error`, `timeout` or `lost`. An agent error is not retried."""
-    temperature: PositiveFloat = 1.0
-    """Sampling temperature of training rollouts where the agent does not ask for one."""
-    seeded: bool = True
-    """Seed the sampling of every call by (run seed, row, member, number of the call), so that a run can be repeated; costs the
-    engine a little per call. False: the engine's own random stream."""
-    max_tokens: Positive | None = None
-    """Most new tokens per model call where the agent does not ask for fewer. None = as many as `engine.max_model_len` has room for."""
-
-
-class ValidationConfig(Section):
-    rows: Positive = 256
-    """Rows of `data.val` used (the first ones)."""
-    every: NonNegative = 0
-    """Validate each `every` steps as well as before and after; 0 = only before and after."""
-    temperature: PositiveFloat = 1.0
-    """Sampling temperature of validation; its own, never the training one by accident."""
 
 
 class EngineConfig(Section):
@@ -151,9 +123,14 @@ class LearnerConfig(Section):
     AdamW's; embeddings, output head, norms, biases and experts fused into one tensor by AdamW, as a critic. 4 bytes of state per matrix element
     instead of 8; every rank gathers and orthogonalises each matrix whole, so that more ranks do not make the update faster. Refused with lora and cpu_offload."""
     lr: PositiveFloat = 2e-4
-    """Learning rate, constant after warm-up."""
+    """Highest learning rate, after warm-up."""
     warmup_steps: NonNegative = 0
     """Linear warm-up in optimiser updates."""
+    schedule: Literal["constant", "linear", "cosine"] = "constant"
+    """How `lr`, and a critic's, fall with the steps of the run (`train.steps`) to `final_lr_share` of themselves. All updates of a step have one rate. Steps
+    without signal count, so that a run ends where it was meant to; one resumed with other `train.steps` falls by the new number."""
+    final_lr_share: Fraction = 0.1
+    """schedule linear and cosine: what is left of the rates at the end."""
     weight_decay: Annotated[float, Field(ge=0)] = 0.0
     """Weight decay, apart from the gradient."""
     betas: tuple[Fraction, Fraction] = (0.9, 0.95)
@@ -202,6 +179,10 @@ class LearnerConfig(Section):
             raise ValueError(
                 "learner.cpu_offload keeps weights out of a GPU's memory, and with learner.num_gpus 0 they are in the machine's memory anyway; "
                 "leave it out"
+            )
+        if self.schedule == "constant" and self.final_lr_share != 0.1:
+            raise ValueError(
+                "learner.final_lr_share acts with learner.schedule linear or cosine only; leave it out"
             )
         return self
 

@@ -27,6 +27,8 @@ TAKEN_OF_LEARNER = frozenset(
         "world_size",
         "lr",
         "warmup_steps",
+        "schedule",
+        "final_lr_share",
         "weight_decay",
         "betas",
         "max_grad_norm",

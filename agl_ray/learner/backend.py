@@ -106,6 +106,7 @@ def _native(config: RunConfig, model_path: Path, rank: Rank, seed: int, base: Pa
         device=_device(config),
         base=base,
         roles=config.adapters,
+        steps=config.train.steps,
     )
 
 
@@ -120,6 +121,7 @@ def _verl(config: RunConfig, model_path: Path, rank: Rank, seed: int, base: Path
         rank=rank.rank,
         device=_device(config),
         base=base,
+        steps=config.train.steps,
     )
 
 

@@ -99,11 +99,12 @@ class Critic:
         self.updates = 0
 
     def step(
-        self, payload: Payload, known: Known, timed: Timed
+        self, payload: Payload, known: Known, timed: Timed, share: float
     ) -> tuple[Payload, dict[str, float]]:
         """The critic's part of a training step, before the policy's: values, advantages from them, and its own updates.
 
-        known: of the payload's micro-batches, for `algorithm.kl` in the reward. Returns what is left for the policy (the micro-batches have
+        known: of the payload's micro-batches, for `algorithm.kl` in the reward. share: what is left of the
+        rate (`optim.share_at`). Returns what is left for the policy (the micro-batches have
         `advantages` now; no updates while the critic learns alone), and metrics of learner/step.py, equal on all ranks.
         """
         if payload.episodes is None:
@@ -119,7 +120,7 @@ class Critic:
             for update in payload.updates
         ]
         with timed("critic"):
-            seen |= paid | self._learn(updates)
+            seen |= paid | self._learn(updates, share)
         alone = payload.step <= self.config.alone_steps
         return replace(payload, updates=[] if alone else updates), seen
 
@@ -172,7 +173,7 @@ class Critic:
         }
         return {"advantages": advantages, "returns": returns, "old_values": values}, seen
 
-    def _learn(self, updates: list[Update]) -> dict[str, float]:
+    def _learn(self, updates: list[Update], share: float) -> dict[str, float]:
         sums = torch.zeros(3, dtype=torch.float64, device=fsdp.device_of(self.model))
         norms = []
         for update in updates * self.config.epochs:
@@ -183,7 +184,7 @@ class Critic:
                 (loss * self.world_size).backward()
                 counted = inputs.weights
                 sums += torch.stack([loss.detach(), (counted * clipped).sum(), counted.sum()])
-            rate = optim.learning_rate(self.config, self.updates)
+            rate = optim.learning_rate(self.config, self.updates, share)
             limit = self.config.max_grad_norm
             norms.append(optim.apply_gradients(self.model, self.optimizer, rate, limit)[None])
             self.updates += 1
@@ -192,7 +193,7 @@ class Critic:
             "value_loss": loss_sum / max(1, len(norms)),
             "value_clip_fraction": clipped_sum / max(1.0, tokens),
             "critic_grad_norm": float(torch.stack(norms).mean()) if norms else 0.0,
-            "critic_lr": optim.learning_rate(self.config, max(0, self.updates - 1)),
+            "critic_lr": optim.learning_rate(self.config, max(0, self.updates - 1), share),
             "critic_updates": float(len(norms)),
         }
 

@@ -1,15 +1,18 @@
-"""AdamW (arXiv 1711.05101) or Muon (learner/muon.py), linear warm-up to a constant rate, clipping by the global norm.
+"""AdamW (arXiv 1711.05101) or Muon (learner/muon.py), a linear warm-up and a fall of the rate, clipping by the global norm.
 
-Called by learner/step.py and learner/critic.py. Test it alone with tests/unit/test_learner_step.py.
+Called by learner/step.py, learner/critic.py, learner/verl_engine.py and learner/sft.py. Test it alone with tests/unit/test_learner_optim.py.
 """
 
 from __future__ import annotations
 
+import math
+from collections.abc import Callable, Mapping
 from typing import TYPE_CHECKING, Any, Literal
 
 import torch
 
 from agl_ray.learner import fsdp, lora, muon
+from agl_ray.types.errors import ConfigError
 
 if TYPE_CHECKING:
     from agl_ray.config.critic import CriticConfig
@@ -35,9 +38,35 @@ def make_optimizer(
     return muon.MuonAndAdamW(of_matrices, adamw)
 
 
-def learning_rate(config: LearnerConfig | CriticConfig, update: int) -> float:
-    """Of optimiser update `update`, counted from 0 over the whole run."""
-    return config.lr * min(1.0, (update + 1) / max(1, config.warmup_steps))
+FALLEN: Mapping[str, Callable[[float], float]] = {
+    "linear": lambda done: done,
+    "cosine": lambda done: (1.0 - math.cos(math.pi * done)) / 2,
+    "constant": lambda done: 0.0,
+}
+"""How much of its fall a schedule has behind it when a share `done` of the steps is done."""
+
+
+def share_left(schedule: str, done: float, final: float) -> float:
+    """Of the highest rate, when a share `done` of the steps of the fall is done (beyond 1 as at 1): from 1 to `final`."""
+    return 1.0 - (1.0 - final) * FALLEN[schedule](min(1.0, done))
+
+
+def share_at(config: LearnerConfig, version: int, steps: int | None) -> float:
+    """Of the rates of the run, in the step that makes weight version `version + 1` of `steps`. By the version, which a resumed run has again and
+    a step without signal makes too; not by updates. ConfigError where the rate falls and `steps` is None."""
+    if config.schedule == "constant":
+        return 1.0
+    if steps is None:
+        raise ConfigError(
+            f"learner.schedule {config.schedule}: expected the number of training steps (train.steps) over which the rate falls, got none; give "
+            "the learner `steps`, or say constant"
+        )
+    return share_left(config.schedule, version / steps, config.final_lr_share)
+
+
+def learning_rate(config: LearnerConfig | CriticConfig, update: int, share: float) -> float:
+    """Of optimiser update `update`, counted from 0 over the whole run, in a step of this `share_at`."""
+    return config.lr * min(1.0, (update + 1) / max(1, config.warmup_steps)) * share
 
 
 def apply_gradients(

@@ -61,18 +61,12 @@ class SFTConfig:
 
     def lr_share(self, step: int) -> float:
         """The learning rate of update `step` (from 0) as a share of `lr`."""
+        from agl_ray.learner import optim
+
         if step < self.warmup_steps:
             return (step + 1) / self.warmup_steps
-        done = min(1.0, (step - self.warmup_steps) / max(1, self.steps - self.warmup_steps))
-        return 1.0 - (1.0 - self.final_lr_share) * FALLEN[self.schedule](done)
-
-
-FALLEN: Mapping[str, Callable[[float], float]] = {
-    "linear": lambda done: done,
-    "cosine": lambda done: (1.0 - math.cos(math.pi * done)) / 2,
-    "constant": lambda done: 0.0,
-}
-"""How much of its fall a schedule has behind it when a share `done` of the steps after the warm-up is done."""
+        done = (step - self.warmup_steps) / max(1, self.steps - self.warmup_steps)
+        return optim.share_left(self.schedule, done, self.final_lr_share)
 
 
 @dataclass(frozen=True, slots=True)

@@ -74,6 +74,7 @@ class Learner:
     """One rank's model and optimiser. With `world_size` above 1 or `config.cpu_offload` the ranks' group (fsdp.join_group) must be joined before.
 
     base: where files that `algorithm` names are looked up too. roles: those with an adapter of their own (`RunConfig.adapters`).
+    steps: of the whole run, over which `config.schedule` lets the rate fall. share: of the highest rate, in the last step.
     version: the weight version that it holds; 0 is the base model.
     updates: optimiser updates so far. critic: None where the algorithm needs none. kept: what the advantage function keeps from step to step, as of this version.
     """
@@ -90,8 +91,10 @@ class Learner:
         device: str = "cpu",
         base: Path | None = None,
         roles: Sequence[str] = (),
+        steps: int | None = None,
     ) -> None:
         self.config, self.rank, self.world_size = config, rank, world_size
+        self.steps, self.share = steps, optim.share_at(config, 0, steps)
         self.algorithm = make_algorithm(algorithm, base)
         self.model_path = Path(model_path)
         self.dtype = DTYPES[config.dtype]
@@ -146,10 +149,11 @@ class Learner:
                 f"{self.version}; load the checkpoint that belongs to the run's position"
             )
         totals = _Totals(fsdp.device_of(self.model))
+        self.share = optim.share_at(self.config, self.version, self.steps)
         known = self._known(payload, totals)
         of_critic: dict[str, float] = {}
         if self.critic is not None:
-            payload, of_critic = self.critic.step(payload, known, totals.timed)
+            payload, of_critic = self.critic.step(payload, known, totals.timed, self.share)
         elif payload.units is not None:
             penalty = penalties(payload, known, self.algorithm.config.kl)
             payload = with_advantages(payload, penalty, self.algorithm)
@@ -163,8 +167,8 @@ class Learner:
 
     @property
     def lr(self) -> float:
-        """The rate of the last update made (of the first one before any)."""
-        return optim.learning_rate(self.config, max(0, self.updates - 1))
+        """The rate of the last step's last update; where it made none, of the last one before it (of the first one before any) by this step's share."""
+        return optim.learning_rate(self.config, max(0, self.updates - 1), self.share)
 
     @torch.no_grad()
     def _known(self, payload: Payload, totals: _Totals) -> Known:
@@ -209,7 +213,7 @@ class Learner:
                 totals.add({"loss": outputs.loss.detach()}, outputs.sums)
                 self._compare(micro, inputs, totals)
         with totals.timed("optimizer"):
-            lr = optim.learning_rate(self.config, self.updates)
+            lr = optim.learning_rate(self.config, self.updates, self.share)
             limit = self.config.max_grad_norm
             totals.add_norms(optim.apply_gradients(self.model, self.optimizer, lr, limit))
             self.updates += 1

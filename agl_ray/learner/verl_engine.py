@@ -52,8 +52,10 @@ class VerlLearner:
         rank: int,
         device: str = "cpu",
         base: Path | None = None,
+        steps: int | None = None,
     ) -> None:
         self.config, self.rank, self.device = config, rank, device
+        self.steps, self.share = steps, optim.share_at(config, 0, steps)
         self.world_size = config.world_size
         self.algorithm = make_algorithm(algorithm, base)
         if self.algorithm.needs_critic:
@@ -86,6 +88,7 @@ class VerlLearner:
                 f"training step {payload.step}: expected step {self.version + 1}, since the learner holds weight version "
                 f"{self.version}; load the checkpoint that belongs to the run's position"
             )
+        self.share = optim.share_at(self.config, self.version, self.steps)
         totals = StepTotals(self.world_size, self.device)
         work = []
         with totals.timed("old_logprobs"):
@@ -96,7 +99,7 @@ class VerlLearner:
             self._update(rows, old, totals)
         self.version += 1
         self.kept = dict(payload.kept)
-        lr = optim.learning_rate(self.config, max(0, self.updates - 1))
+        lr = optim.learning_rate(self.config, max(0, self.updates - 1), self.share)
         return {**payload.stats, **totals.metrics(len(work)), "lr": lr}
 
     def _rows(self, update: Update) -> VerlRows:
@@ -137,7 +140,7 @@ class VerlLearner:
         }
         batch = tensordict_of(rows, streams, self._settings(rows))
         for group in self.engine.optimizer.param_groups:
-            group["lr"] = optim.learning_rate(self.config, self.updates)
+            group["lr"] = optim.learning_rate(self.config, self.updates, self.share)
         with totals.timed("forward_backward"), self.engine.train_mode():
             output = self.engine.train_batch(batch, self.loss)
         self.updates += 1

@@ -43,6 +43,7 @@ STEP_METRICS = {
     "sync_ms": "milliseconds from the order to the last engine's checksum",
     "pause_ms": "milliseconds during which calls were held",
     "max_logprob_diff": "largest |learner - engine| log-probability of a token of the batch, same weights; with learner.lora.per_role also of each role (`max_logprob_diff.planner`, ...)",
+    "lr": "learning rate of the step's updates (learner.schedule); of the last one where a warm-up raises it",
     "kl_reference": "mean k3 estimate, in nats, of the policy's divergence from its reference at the start of the step (algorithm.kl)",
     "kl_old": "the same of the policy at the start of the step from the one after its updates; 0 with one update per step",
     "kl_teacher": "mean log pi - log teacher of the trained tokens at the start of the step, in nats (algorithm.teacher)",

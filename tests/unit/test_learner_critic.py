@@ -102,7 +102,7 @@ def test_the_first_values_are_zero_and_the_advantage_is_the_reward(folder: Path)
     learner = Learner(PPO.model_copy(update={"gae_lambda": 1.0}), config, folder)
     laid_out = payload(spans, batch, config)
     assert learner.critic is not None
-    judged, seen = learner.critic.step(laid_out, [], _untimed())
+    judged, seen = learner.critic.step(laid_out, [], _untimed(), 1.0)
     assert (seen["value_mean"], seen["explained_variance"]) == (0, 0)
     rewards = [member.reward for member in batch.members]
     assert seen["advantage_max"] == pytest.approx(max(rewards))

@@ -15,7 +15,6 @@ from transformers import AutoModelForCausalLM
 
 from agl_ray.algorithms.algorithm import make_algorithm
 from agl_ray.config.models import AlgorithmConfig, LearnerConfig
-from agl_ray.learner.optim import learning_rate
 from agl_ray.learner.prepare import Payload, Update, lay_out
 from agl_ray.learner.step import Learner
 from agl_ray.trajectory.batch import GroupPlan, Member, TrainBatch
@@ -276,12 +275,6 @@ def test_a_payload_for_another_step_is_refused(folder: Path) -> None:
     learner = Learner(ALGORITHM, LearnerConfig(), folder)
     with pytest.raises(RunError, match=r"training step 3: expected step 1"):
         learner.train(payload(spans, batch, LearnerConfig()))
-
-
-def test_warm_up_is_linear_and_then_constant() -> None:
-    config = LearnerConfig(lr=1.0, warmup_steps=4)
-    assert [learning_rate(config, update) for update in range(6)] == [0.25, 0.5, 0.75, 1, 1, 1]
-    assert learning_rate(LearnerConfig(lr=1.0), 0) == 1.0
 
 
 def test_bfloat16_stays_close_to_float32(folder: Path) -> None:
