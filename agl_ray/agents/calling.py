@@ -34,41 +34,41 @@ async def call(function: Callable[..., Any], kwargs: dict[str, Any], *, apart: b
     apart: run a plain function in a thread of its own, so that this loop goes on; cancelled, the thread is left behind. SystemExit, with
     which asyncio would end the whole process, becomes RuntimeError.
     """
-    with _contained():
+    with contained():
         if inspect.iscoroutinefunction(function):
             return await function(**kwargs)
         if apart:
-            value = await in_thread(lambda: _plain(function, kwargs))
+            value = await in_thread(lambda: function(**kwargs))
         else:
-            value = _plain(function, kwargs)
+            value = function(**kwargs)
         return await value if inspect.isawaitable(value) else value
 
 
-def _plain(function: Callable[..., Any], kwargs: dict[str, Any]) -> Any:
-    with _contained():
-        return function(**kwargs)
-
-
 @contextmanager
-def _contained() -> Iterator[None]:
+def contained(told: Callable[[RuntimeError], None] = lambda error: None) -> Iterator[None]:
     """Around code of the agent's: nothing that ends a process comes out, but for a person's Ctrl-C; nor does a copy made by os.fork: there
-    must not be two of us."""
+    must not be two of us. told: hears of the error that comes out instead."""
     pid = os.getpid()
     try:
         yield
-    except SystemExit as error:
-        raise RuntimeError(f"the agent called sys.exit({error.code})") from error
-    except KeyboardInterrupt as error:
-        if threading.current_thread() is threading.main_thread():
+    except (SystemExit, KeyboardInterrupt) as error:
+        if isinstance(error, SystemExit):
+            said = f"called sys.exit({error.code})"
+        elif threading.current_thread() is threading.main_thread():
             raise
-        raise RuntimeError("the agent raised KeyboardInterrupt") from error
+        else:
+            said = "raised KeyboardInterrupt"
+        instead = RuntimeError(f"the agent {said}").with_traceback(error.__traceback__)
+        told(instead)
+        raise instead from error
     finally:
         if os.getpid() != pid:
             os._exit(0)
 
 
 async def in_thread(work: Callable[[], Any], stop: Callable[[], None] | None = None) -> Any:
-    """What `work()` returns, from a thread of its own: never one of a pool, which a few that hang would fill.
+    """What `work()` returns, from a thread of its own: never one of a pool, which a few that hang would fill. `contained`: SystemExit would
+    end the loop on which it is awaited.
 
     stop: called when this is cancelled; the thread then gets LEAVE seconds to end. Else, and after them, it is left behind.
     """
@@ -83,7 +83,8 @@ async def in_thread(work: Callable[[], Any], stop: Callable[[], None] | None = N
     def run() -> None:
         value, error = None, None
         try:
-            value = context.run(work)
+            with contained():
+                value = context.run(work)
         except BaseException as caught:  # noqa: BLE001  raised again where it is awaited
             error = caught
         if not loop.is_closed():  # left behind, and its runner has gone

@@ -13,6 +13,7 @@ from collections.abc import Coroutine, Sequence
 from typing import Any
 
 from agl_ray.agents.agent import LitAgent, RolloutContext
+from agl_ray.agents.attempt_tasks import AttemptTasks
 from agl_ray.agents.calling import LEAVE, call, in_thread, in_threads
 from agl_ray.agents.hooks import Hook, HookRunner, Hooks
 from agl_ray.agents.outcome import Outcome, raised, returned
@@ -111,11 +112,11 @@ async def run_agent(
         return raised(error, attempt)
     if place is Place.THREAD:
         work = _in_own_loop(work)
-    outcome = await _until(work, attempt, timeout_seconds)
+    tasks = AttemptTasks()
+    outcome = await _until(tasks, work, attempt, timeout_seconds)
     try:
-        await wait(
-            around.rollout_end(outcome), on="the hooks' on_rollout_end", seconds=HOOK_SECONDS
-        )
+        ending = tasks.begin(around.rollout_end(outcome))
+        await wait(ending, on="the hooks' on_rollout_end", seconds=HOOK_SECONDS)
     except Exception as error:  # noqa: BLE001  a hook may raise anything
         return raised(error, attempt)
     return outcome
@@ -140,14 +141,21 @@ async def _work(
 
 
 async def _until(
-    work: Coroutine[Any, Any, Outcome], attempt: AttemptedRollout, seconds: float | None
+    tasks: AttemptTasks,
+    work: Coroutine[Any, Any, Outcome],
+    attempt: AttemptedRollout,
+    seconds: float | None,
 ) -> Outcome:
     """The outcome of `work`, in a task of its own: one that ignores its cancellation must not hold us."""
     threads: list[asyncio.Future[Any]] = []
     in_threads.set(threads)
-    task = asyncio.ensure_future(work)
+    task = tasks.begin(work)
+    ends: set[asyncio.Future[Any]] = {task, tasks.exited}
     try:
-        done, _ = await asyncio.wait({task}, timeout=seconds)
+        done, _ = await asyncio.wait(ends, timeout=seconds, return_when=asyncio.FIRST_COMPLETED)
+        if tasks.exited in done:  # also where nobody awaited the task that did it
+            await _cancel(task)
+            return raised(tasks.exited.result(), attempt)
         if not done:
             await _cancel(task)
             left = not task.done() or not all(one.done() for one in threads)

@@ -7,6 +7,7 @@ Who calls it: the runner, one per attempt. Test alone: tests/unit/test_tracing_s
 from __future__ import annotations
 
 import asyncio
+import contextvars
 from typing import TYPE_CHECKING, Any
 
 from agl_ray.spans import span_batch
@@ -25,6 +26,7 @@ class SpanSender:
     def __init__(self, store: LightningStore, recorder: SpanRecorder) -> None:
         self._store, self._recorder = store, recorder
         self._loop = asyncio.get_running_loop()
+        self._context = contextvars.copy_context()  # what sends is not the agent's that recorded
         self._asked = False
         self._task: asyncio.Task[None] | None = None
         self._batches = 0
@@ -34,7 +36,7 @@ class SpanSender:
         """From any thread."""
         if not self._asked:
             self._asked = True
-            self._loop.call_soon_threadsafe(self._begin)
+            self._loop.call_soon_threadsafe(self._begin, context=self._context)
 
     def _begin(self) -> None:
         if self._task is None or self._task.done():

@@ -32,7 +32,17 @@ async def misbehaves_async(task: dict[str, Any], ctx: agl.RolloutContext) -> flo
                 await asyncio.sleep(3600)
             except asyncio.CancelledError:
                 SEEN.append("ignored")
+    if task["do"] == "exit_in_gather":
+        await asyncio.gather(exits())
+    if task["do"] == "exit_in_task":
+        SEEN.append(asyncio.create_task(exits()))
+        await asyncio.sleep(3600)
     return float(globals()[f"do_{task['do']}"](task, ctx))
+
+
+async def exits() -> None:
+    await asyncio.sleep(0)
+    sys.exit(3)
 
 
 def do_nothing(task: Any, ctx: Any) -> float:

@@ -81,6 +81,17 @@ def test_every_end_has_its_reason_and_the_runner_goes_on(isolation: str, agent: 
 
 
 @pytest.mark.parametrize("isolation", ALL)
+def test_an_exit_in_a_task_of_the_agents_is_its_error_and_the_runner_goes_on(
+    isolation: str,
+) -> None:
+    tasks = [{"do": "exit_in_gather"}, {"do": "exit_in_task"}, {"do": "nothing"}]
+    agent = "bad_agents.py:misbehaves_async"
+    attempts, _ = asyncio.run(attempts_of(tasks, isolation, agent=agent))
+    assert [one.end_reason for one in attempts] == ["agent_error", "agent_error", "ok"]
+    assert all("sys.exit(3)" in (one.error or "") for one in attempts[:2])
+
+
+@pytest.mark.parametrize("isolation", ALL)
 @pytest.mark.parametrize("agent", ["misbehaves", "misbehaves_async"])
 def test_a_deadline_ends_the_attempt_and_what_hangs_blocks_nobody(
     isolation: str, agent: str, tmp_path: Path

@@ -5,6 +5,7 @@ from __future__ import annotations
 import asyncio
 import threading
 from collections.abc import Awaitable, Callable
+from contextvars import ContextVar
 from typing import Any
 
 from agl_ray.store import LightningStore, StoreCore
@@ -86,3 +87,31 @@ def test_few_spans_are_left_for_the_end() -> None:
         assert (await SpanSender(store, SpanRecorder("ro-b", "at-b")).close())[0] is None
 
     with_store(scenario)
+
+
+def test_what_is_sent_is_not_sent_in_the_context_of_who_recorded() -> None:
+    """It outlives the agent: what belongs to the agent's context ends with it."""
+    mark: ContextVar[str] = ContextVar("mark", default="")
+    seen: list[str] = []
+
+    async def scenario(store: LightningStore, core: StoreCore) -> None:
+        begun = await store.start_rollout({})
+        key = begun.rollout_id, begun.attempt_id
+        recorder = SpanRecorder(*key)
+        sender = SpanSender(store, recorder)
+        sent, sending = sender._send, asyncio.Event()
+
+        async def send(rows: list[dict[str, Any]]) -> None:
+            seen.append(mark.get())
+            sending.set()
+            await sent(rows)
+
+        sender._send = send  # type: ignore[method-assign]
+        mark.set("the agent's")
+        for _ in range(MANY):
+            recorder.add(name="n", kind="span")
+        await asyncio.wait_for(sending.wait(), 5)
+        await sender.close()
+
+    with_store(scenario)
+    assert seen == [""]
