@@ -20,6 +20,7 @@ import time
 from typing import Any
 
 from agl_ray.agents import NO_HOST, Hook, Host, LitAgent, Outcome, check_hooks, settled
+from agl_ray.agents.attempt_tasks import left_tasks
 from agl_ray.agents.calling import left_threads
 from agl_ray.agents.command import STORE_KEY
 from agl_ray.agents.isolation import isolated
@@ -239,6 +240,7 @@ class Runner:
                     "open": len(attempts),
                     "finished": self._finished,
                     "left_threads": left_threads(),
+                    "left_tasks": left_tasks(),
                 },
                 attempts=attempts,
             )

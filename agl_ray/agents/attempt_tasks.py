@@ -1,10 +1,12 @@
-"""The asyncio tasks of one attempt, on a loop that others share: `sys.exit` in one of them ends the attempt and nothing else.
+"""The asyncio tasks of one attempt, on a loop that others share: they end with it, and `sys.exit` in one of them ends nothing else.
 
     tasks = AttemptTasks()
     task = tasks.begin(work)      # `work`, and whatever it begins on this loop, belong to `tasks`
     tasks.exited                  # done once one of them called sys.exit
+    await tasks.stop()            # at the deadline; `stop_own` where `work` has ended by itself
 
-A task belongs to the attempt in whose context it was begun; other tasks of the loop (the runner's, Ray's) are not touched. Called by
+A task belongs to the attempt in whose context it was begun; other tasks of the loop (the runner's, Ray's) are not touched. What is to live
+longer is begun outside of it: `asyncio.create_task(work, context=contextvars.Context())`. Called by
 `agl_ray.agents.execute`. Test alone: tests/unit/test_agents_attempt_tasks.py.
 """
 
@@ -12,15 +14,27 @@ from __future__ import annotations
 
 import asyncio
 import contextvars
+import functools
+import weakref
 from collections.abc import Callable, Coroutine, Generator
 from contextvars import ContextVar
+from pathlib import PurePath
 from typing import Any, TypeVar, cast
 
-from agl_ray.agents.calling import contained
+from agl_ray.agents.calling import LEAVE, contained
+
+GRACE = 0.5  # seconds beyond what a thread gets
+PACKAGES = {"site-packages", "dist-packages"}
 
 T = TypeVar("T")
 _Work = Generator[Any, None, Any] | Coroutine[Any, Any, Any]
 _mine: ContextVar[AttemptTasks | None] = ContextVar("attempt_tasks", default=None)
+_left: weakref.WeakSet[asyncio.Future[Any]] = weakref.WeakSet()
+
+
+def left_tasks() -> int:
+    """Tasks of attempts that have ended which still run: those that ignore their cancellation, and those that were left alone (`stop_own`)."""
+    return sum(not task.done() for task in _left)
 
 
 class AttemptTasks:
@@ -28,6 +42,7 @@ class AttemptTasks:
 
     def __init__(self) -> None:
         self._loop = asyncio.get_running_loop()
+        self._tasks: weakref.WeakSet[asyncio.Future[Any]] = weakref.WeakSet()
         self.exited: asyncio.Future[RuntimeError] = self._loop.create_future()
 
     def begin(self, work: Coroutine[Any, Any, Any]) -> asyncio.Task[Any]:
@@ -43,16 +58,56 @@ class AttemptTasks:
         if not self.exited.done():
             self.exited.set_result(error)
 
-    def guarded(self, work: _Work) -> Coroutine[Any, Any, Any]:
-        """`work`, out of which nothing comes that would end the loop."""
-        return _Guarded(work, self._exit)
+    async def stop(self) -> bool:
+        """Cancel all that is not done, whoever began it: the deadline stops the agent. Whether some of it goes on all the same."""
+        return await self._stop(lambda task: True)
+
+    async def stop_own(self) -> bool:
+        """Cancel what the agent's own code has left running after its end. What an installed package runs is left alone: it may serve a
+        client that the rollouts of this process share (the monitors of a database's driver, a browser's connection) and that would be dead
+        for all later ones; what of it is an agent's is refused by the gateway at its next call. Counted in `left_tasks`."""
+        return await self._stop(lambda task: not _of_package(task))
+
+    async def _stop(self, wanted: Callable[[asyncio.Future[Any]], bool]) -> bool:
+        going: set[asyncio.Future[Any]] = set()
+        for seconds in (LEAVE + GRACE, GRACE):  # the second: for what they have begun in their end
+            going = {task for task in self._tasks if not task.done() and wanted(task)}
+            if not going:
+                break
+            for task in going:
+                task.add_done_callback(_seen)
+                task.cancel()
+            await asyncio.wait(going, timeout=seconds)
+        _left.update(task for task in self._tasks if not task.done())
+        return any(not task.done() for task in going)
+
+    def make(
+        self, how: Callable[[Coroutine[Any, Any, Any]], asyncio.Future[T]], work: _Work
+    ) -> asyncio.Future[T]:
+        """A task of `work`, out of which nothing comes that would end the loop."""
+        task = how(_Guarded(work, self._exit))
+        self._tasks.add(task)
+        return task
+
+
+def _seen(task: asyncio.Future[Any]) -> None:
+    """What an agent raises after its end is no longer of interest, and asyncio would complain of it."""
+    if not task.cancelled():
+        task.exception()
+
+
+def _of_package(task: asyncio.Future[Any]) -> bool:
+    """Whether a task runs code of an installed package (or compiled code) and not of the agent's."""
+    work = task.get_coro() if isinstance(task, asyncio.Task) else None
+    code = getattr(work, "cr_code", None) or getattr(work, "gi_code", None)
+    return code is None or not PACKAGES.isdisjoint(PurePath(code.co_filename).parts)
 
 
 class _Factory:
     """A loop's task factory: tasks of attempts are guarded, then made as they would have been made without it."""
 
     def __init__(self, inner: Callable[..., Any] | None) -> None:
-        self._inner: Callable[..., Any] = inner or _plain_task
+        self._inner: Callable[..., asyncio.Future[Any]] = inner or _plain_task
 
     def __call__(
         self,
@@ -63,10 +118,8 @@ class _Factory:
     ) -> asyncio.Future[T]:
         context = how.get("context")
         mine = _mine.get() if context is None else context.get(_mine)
-        made: asyncio.Future[T] = self._inner(
-            loop, work if mine is None else mine.guarded(work), **how
-        )
-        return made
+        made = functools.partial(self._inner, loop, **how)
+        return made(work) if mine is None else mine.make(made, work)
 
 
 def _plain_task(

@@ -14,7 +14,7 @@ from typing import Any
 
 from agl_ray.agents.agent import LitAgent, RolloutContext
 from agl_ray.agents.attempt_tasks import AttemptTasks
-from agl_ray.agents.calling import LEAVE, call, in_thread, in_threads
+from agl_ray.agents.calling import call, in_thread, in_threads
 from agl_ray.agents.hooks import Hook, HookRunner, Hooks
 from agl_ray.agents.outcome import Outcome, raised, returned
 from agl_ray.agents.roles import NO_KEY, endpoints
@@ -98,8 +98,9 @@ async def run_agent(
 ) -> Outcome:
     """Run `agent` on the attempt's input for at most `timeout_seconds` (None: as long as it takes) and say how it ended; never raises for the agent's faults.
 
-    At the deadline a coroutine is cancelled. A plain function cannot be stopped inside its thread, nor a coroutine that ignores its
-    cancellation: they are left behind, and the gateway refuses their later calls because the attempt has ended. OK without a reward: it
+    At the deadline a coroutine is cancelled, with the tasks that it has begun. A plain function cannot be stopped inside its thread, nor a
+    coroutine that ignores its cancellation: they are left behind, and the gateway refuses their later calls because the attempt has ended.
+    Tasks that an agent leaves behind end with its attempt, too (`AttemptTasks.stop_own`). OK without a reward: it
     gave none itself (`outcome.settled`).
     """
     ctx = context_of(attempt, timeout_seconds, resources, host)
@@ -117,6 +118,7 @@ async def run_agent(
     try:
         ending = tasks.begin(around.rollout_end(outcome))
         await wait(ending, on="the hooks' on_rollout_end", seconds=HOOK_SECONDS)
+        await tasks.stop_own()
     except Exception as error:  # noqa: BLE001  a hook may raise anything
         return raised(error, attempt)
     return outcome
@@ -154,14 +156,14 @@ async def _until(
     try:
         done, _ = await asyncio.wait(ends, timeout=seconds, return_when=asyncio.FIRST_COMPLETED)
         if tasks.exited in done:  # also where nobody awaited the task that did it
-            await _cancel(task)
+            await tasks.stop()
             return raised(tasks.exited.result(), attempt)
         if not done:
-            await _cancel(task)
-            left = not task.done() or not all(one.done() for one in threads)
+            left = await tasks.stop() or not all(one.done() for one in threads)
             return overrun(seconds, LEFT if left else "")
+        await tasks.stop_own()
     except asyncio.CancelledError:
-        await _cancel(task)
+        await tasks.stop()
         raise
     error = asyncio.CancelledError() if task.cancelled() else task.exception()
     return task.result() if error is None else raised(error, attempt)
@@ -171,19 +173,6 @@ def overrun(seconds: float | None, more: str = "") -> Outcome:
     """The outcome of an agent whose deadline passed."""
     text = f"the agent ran longer than {seconds or 0:g} s{more}"
     return Outcome(reason=EndReason.TIMEOUT, error=text)
-
-
-async def _cancel(task: asyncio.Task[Any]) -> None:
-    """Cancel `task` and give it a little more than what a thread gets."""
-    task.cancel()
-    task.add_done_callback(_seen)
-    await asyncio.wait({task}, timeout=LEAVE + 0.5)
-
-
-def _seen(task: asyncio.Task[Any]) -> None:
-    """What an agent raises after its end is no longer of interest, and asyncio would complain of it."""
-    if not task.cancelled():
-        task.exception()
 
 
 async def _in_own_loop(work: Coroutine[Any, Any, Outcome]) -> Outcome:

@@ -41,7 +41,9 @@ class RunnerPoolConfig(Section):
     """inline: a coroutine runs on the runner's own loop, a plain function in a thread. thread: every rollout in a thread with a loop of its own,
     so that a coroutine that blocks holds up no other. process: every rollout in a fresh process (Linux), which is ended at its deadline with
     all that it has started, whose crash is its own end only, and whose output is kept with the attempt. A thread cannot be ended: a plain
-    function that overruns under inline or thread is left behind, counted as `left_threads` in its runner's heartbeat."""
+    function that overruns under inline or thread is left behind, counted as `left_threads` in its runner's heartbeat. Tasks that a coroutine
+    has begun end with its rollout; under inline, what an installed package has begun is stopped at the deadline only, since rollouts may share
+    it. What still runs is counted as `left_tasks`."""
     num_cpus: Annotated[float, Field(ge=0)] = 0.1
     """CPUs that Ray reserves for one runner."""
     resources: dict[str, PositiveFloat] = {}

@@ -132,6 +132,32 @@ def test_a_deadline_stops_a_coroutine() -> None:
     assert not went_on
 
 
+@pytest.mark.parametrize("place", list(Place))
+@pytest.mark.parametrize("late", [False, True])
+def test_tasks_that_an_agent_has_begun_end_with_its_attempt(place: Place, late: bool) -> None:
+    begun: list[asyncio.Task[Any]] = []
+
+    async def agent(task: int) -> float:
+        begun.append(asyncio.create_task(asyncio.sleep(60)))
+        await asyncio.sleep(60 if late else 0)
+        return 1.0
+
+    async def main() -> Outcome:
+        attempt = AttemptedRollout(
+            rollout=Rollout(rollout_id="ro-1", input=1, start_time=0.0),
+            attempt=Attempt(rollout_id="ro-1", attempt_id="at-1", sequence_id=1, start_time=0.0),
+        )
+        recorder = SpanRecorder("ro-1", "at-1")
+        given = (as_agent(agent), attempt, RESOURCES, recorder, 0.1 if late else 5.0)
+        outcome = await run_agent(*given, place=place)
+        assert begun[0].cancelled()
+        return outcome
+
+    outcome = asyncio.run(main())
+    assert outcome.reason is (EndReason.TIMEOUT if late else EndReason.OK)
+    assert "cannot be stopped" not in (outcome.error or "")
+
+
 def test_a_plain_function_does_not_block_the_loop() -> None:
     """Two sleeping agents at once take the time of one: each waits for the other inside its thread."""
     import threading
