@@ -22,7 +22,7 @@ from agl_ray.config import RunConfig
 from agl_ray.config.algorithm import located_reference
 from agl_ray.config.load import resolved_json
 from agl_ray.config.model_folder import cached_model, check_model_folder
-from agl_ray.config.roles import located_roles
+from agl_ray.config.roles import located_roles, role_models
 from agl_ray.config.rows import load_rows
 from agl_ray.config.store_address import VARIABLE as DATABASE_URL
 from agl_ray.config.verl import located_environment
@@ -40,6 +40,7 @@ if TYPE_CHECKING:
     from actors.session import RunSession
     from agl_ray.agents import Hook, LitAgent
     from agl_ray.agents.dev import Tried
+    from agl_ray.types import NamedResources
 
 EVENT_POLL = 1.0  # seconds of one long poll for the controller's events
 CONTROLLER_RESTARTS = 3
@@ -120,28 +121,41 @@ class Trainer:
         model: str | None = None,
         api_key: str | None = None,
         rows: int = 3,
+        resources: NamedResources | None = None,
+        mode: str = "train",
+        timeout_seconds: float | None = None,
     ) -> list[Tried]:
         """Try the agent on the first `rows` rows, one after the other, with no training and no cluster, and print the call tree of each.
 
-        agent, data: as in `fit`. base_url, api_key: an OpenAI-compatible server; None takes OPENAI_BASE_URL and OPENAI_API_KEY. Everything
-        runs in this thread, so breakpoints work, and no deadline applies. InputError when something given is wrong.
+        agent: as in `fit`. data: rows; None takes `config.data`'s for the mode. base_url, api_key: an OpenAI-compatible server; None takes
+        OPENAI_BASE_URL and OPENAI_API_KEY. It also answers for the config's roles; those of kind endpoint have their own, which gets the calls
+        as they are (no other dialect, limit or pace). resources: further ones, such as a prompt template. mode: train, val or test.
+        timeout_seconds: of a row, None = no deadline. Everything runs in this thread, so breakpoints work. InputError when something given
+        is wrong.
         """
         from agl_ray.agents import agent_of, as_agent
-        from agl_ray.agents.dev import develop
+        from agl_ray.agents.dev import develop, servers_of
         from agl_ray.agents.dev_show import show_total, show_tried
 
         if agent is None and self.config.agent is not None:
             found = agent_of(self.config.agent, self.base)
         else:
             found = as_agent(agent)
-        given = self.rows("data.train", self.config.data.train) if data is None else data
+        if data is None:
+            key = "train" if mode == "train" else "val"
+            data = self.rows(f"data.{key}", getattr(self.config.data, key))
         tried = develop(
             found,
-            given[:rows],
+            data[:rows],
             base_url=base_url,
             model=model,
             api_key=api_key,
+            resources=resources,
+            roles=role_models(self.config.roles),
+            servers=servers_of(self.config.roles),
             hooks=self.hooks,
+            mode=mode,
+            timeout_seconds=timeout_seconds,
             shown=show_tried,
         )
         show_total(tried)

@@ -11,15 +11,19 @@ from __future__ import annotations
 import asyncio
 import os
 import time
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
 from agl_ray.agents.agent import LitAgent
-from agl_ray.agents.endpoint import WatchedEndpoint
+from agl_ray.agents.endpoint import Server, WatchedEndpoint
 from agl_ray.agents.execute import Host, Place, run_agent
 from agl_ray.agents.hooks import Hook
 from agl_ray.agents.outcome import Outcome, settled
+from agl_ray.config.roles import RoleConfig, endpoint_keys
+from agl_ray.gateway.upstream import Api
+from agl_ray.gateway.upstream_anthropic import AnthropicApi
+from agl_ray.gateway.upstream_openai import OpenAIApi
 from agl_ray.tracing import SpanRecorder, follow
 from agl_ray.types import (
     LLM,
@@ -30,6 +34,13 @@ from agl_ray.types import (
     Rollout,
     new_id,
 )
+
+MODES = ("train", "val", "test")
+_APIS: dict[str, tuple[Api, str]] = {
+    "openai": (OpenAIApi(), ""),
+    "anthropic": (AnthropicApi(), "/v1"),
+}
+"""Each with what belongs behind a role's `base_url`, which has no /v1 for Anthropic's."""
 
 
 @dataclass(frozen=True)
@@ -51,6 +62,8 @@ def develop(
     model: str | None = None,
     api_key: str | None = None,
     resources: NamedResources | None = None,
+    roles: Mapping[str, str | None] | None = None,
+    servers: Mapping[str, Server] | None = None,
     hooks: Sequence[Hook] = (),
     mode: str = "train",
     timeout_seconds: float | None = None,
@@ -60,8 +73,15 @@ def develop(
     """Run `agent` on each of `rows` and return how it went; `shown` is called after each.
 
     base_url, api_key: None takes OPENAI_BASE_URL and OPENAI_API_KEY. model: what the agent is told to ask for. resources: further ones
-    (a prompt template), beside the LLM `main_llm`. InputError without a base_url or model.
+    (a prompt template), beside the LLM `main_llm`. roles: those that `ctx.llm(role)` knows, each with the model that it asks for, None: `model`;
+    the server answers them all but those of `servers`. mode: train, val or test. InputError for any of these that makes no sense.
     """
+    if mode not in MODES:
+        raise InputError(f"mode: expected one of {', '.join(MODES)}, got {mode!r}")
+    if timeout_seconds is not None and not timeout_seconds > 0:
+        raise InputError(
+            f"timeout_seconds: expected a number above 0, or None for no deadline, got {timeout_seconds!r}"
+        )
     base_url = base_url or os.environ.get("OPENAI_BASE_URL")
     if not base_url or not base_url.startswith(("http://", "https://")):
         raise InputError(
@@ -76,8 +96,8 @@ def develop(
     # Not asyncio.run: it holds the first Ctrl-C back until a plain function has returned.
     loop = asyncio.new_event_loop()
     try:
-        with WatchedEndpoint(base_url) as endpoint:
-            llm = LLM(endpoint=endpoint.url, model=model, api_key=key)
+        with WatchedEndpoint(base_url, servers) as endpoint:
+            llm = LLM(endpoint=endpoint.url, model=model, api_key=key, roles=dict(roles or {}))
             given: NamedResources = {"main_llm": llm, **(resources or {})}
             for number, row in enumerate(rows, 1):
                 work = _try(
@@ -92,6 +112,16 @@ def develop(
     finally:
         loop.close()
     return tried
+
+
+def servers_of(roles: Mapping[str, RoleConfig]) -> dict[str, Server]:
+    """The servers of the roles of kind endpoint, with their keys. ConfigError names the variable of a key that is not set."""
+    found, outside = {}, {name: role for name, role in roles.items() if role.kind == "endpoint"}
+    keys = endpoint_keys(outside)
+    for name, role in outside.items():
+        api, behind = _APIS[role.api]
+        found[name] = Server(str(role.base_url).rstrip("/") + behind, api.headers(keys.get(name)))
+    return found
 
 
 async def _try(

@@ -1,7 +1,7 @@
 """An endpoint that watches: model calls of agents go through it to any OpenAI-compatible server, and each is a span of its attempt.
 
 It has the gateway's paths (`/rollout/{id}/attempt/{id}[/role/{name}]/v1/...`) and changes nothing: headers, bodies and streams go through as
-they are. It lives in a thread of its own, so that an agent that stands at a breakpoint holds nobody up. Called by `agl_ray.agents.dev`. Test
+they are; only a role with a server of its own is called with that server's key. It lives in a thread of its own, so that an agent that stands at a breakpoint holds nobody up. Called by `agl_ray.agents.dev`. Test
 alone: tests/unit/test_agents_dev.py.
 """
 
@@ -11,6 +11,8 @@ import asyncio
 import json
 import threading
 import time
+from collections.abc import Mapping
+from dataclasses import dataclass, field
 from types import TracebackType
 from typing import Any
 
@@ -32,11 +34,24 @@ _LEFT = 499  # the status that servers log for a caller who left
 _PATH = "/rollout/{rollout}/attempt/{attempt}{role:(/role/[^/]+)?}/v1/{path:.*}"
 
 
-class WatchedEndpoint:
-    """Context manager; `url` is what an `LLM` resource takes as its endpoint. base_url: the server's, with its `/v1`."""
+_KEYS = {"authorization", "x-api-key"}
 
-    def __init__(self, base_url: str) -> None:
+
+@dataclass(frozen=True)
+class Server:
+    """Where calls go. base_url: with its `/v1`; headers: lower case, in place of the caller's own and of the caller's key."""
+
+    base_url: str
+    headers: Mapping[str, str] = field(default_factory=dict)
+
+
+class WatchedEndpoint:
+    """Context manager; `url` is what an `LLM` resource takes as its endpoint. base_url: the server's, with its `/v1`. servers: of roles
+    that have one of their own."""
+
+    def __init__(self, base_url: str, servers: Mapping[str, Server] | None = None) -> None:
         self._base = base_url.rstrip("/")
+        self._servers = dict(servers or {})
         self._recorders: dict[tuple[str, str], SpanRecorder] = {}
         self._loop = asyncio.new_event_loop()
         self._thread = threading.Thread(target=self._loop.run_forever, daemon=True)
@@ -87,21 +102,26 @@ class WatchedEndpoint:
         if recorder is None:
             return _error(404, f"no rollout {match['rollout']} runs here")
         call = _Call(request, recorder)
+        server = self._servers.get(call.role or "")
+        base = self._base if server is None else server.base_url.rstrip("/")
+        own = {} if server is None else server.headers
+        left = _OWN if server is None else _OWN | _KEYS | own.keys()
+        headers = {k: v for k, v in request.headers.items() if k.lower() not in left}
         try:
-            return await self._forward(request, match["path"], call)
+            return await self._forward(request, f"{base}/{match['path']}", {**headers, **own}, call)
         except ClientConnectorError as error:
             call.end(502)
-            return _error(502, f"nothing answers at {self._base}: {error.strerror or error}")
+            return _error(502, f"nothing answers at {base}: {error.strerror or error}")
         except (ClientError, TimeoutError) as error:
             call.end(502)
-            return _error(502, f"{self._base}: {type(error).__name__}: {error}")
+            return _error(502, f"{base}: {type(error).__name__}: {error}")
 
-    async def _forward(self, request: web.Request, path: str, call: _Call) -> web.StreamResponse:
+    async def _forward(
+        self, request: web.Request, url: str, headers: dict[str, str], call: _Call
+    ) -> web.StreamResponse:
         if self._client is None:
             raise RunError("the endpoint is not started")
-        headers = {k: v for k, v in request.headers.items() if k.lower() not in _OWN}
         body = await request.read()
-        url = f"{self._base}/{path}"
         async with self._client.request(
             request.method, url, params=request.query, data=body or None, headers=headers
         ) as got:
@@ -136,7 +156,7 @@ class _Call:
         self._caller = caller_of(
             (name.lower().encode(), value.encode()) for name, value in request.headers.items()
         )
-        self._role = request.match_info["role"].removeprefix("/role/") or None
+        self.role = request.match_info["role"].removeprefix("/role/") or None
         self._tokens: dict[str, int] = {}
         self._facts: dict[str, Any] = {}
 
@@ -182,7 +202,7 @@ class _Call:
             kind=KIND_CALL,
             start_ns=self._started,
             end_ns=time.time_ns(),
-            role=self._role,
+            role=self.role,
             status="OK" if good else "ERROR",
             status_message=None if good else f"HTTP {status}",
             **self._place(),
