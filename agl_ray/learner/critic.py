@@ -186,7 +186,8 @@ class Critic:
                 sums += torch.stack([loss.detach(), (counted * clipped).sum(), counted.sum()])
             rate = optim.learning_rate(self.config, self.updates, share)
             limit = self.config.max_grad_norm
-            norms.append(optim.apply_gradients(self.model, self.optimizer, rate, limit)[None])
+            of = f"critic, update {self.updates + 1} of the run"
+            norms.append(optim.apply_gradients(self.model, self.optimizer, rate, limit, of)[None])
             self.updates += 1
         loss_sum, clipped_sum, tokens = fsdp.add_over_ranks(sums).tolist()
         return {

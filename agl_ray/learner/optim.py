@@ -12,7 +12,7 @@ from typing import TYPE_CHECKING, Any, Literal
 import torch
 
 from agl_ray.learner import fsdp, lora, muon
-from agl_ray.types.errors import ConfigError
+from agl_ray.types.errors import ConfigError, RunError
 
 if TYPE_CHECKING:
     from agl_ray.config.critic import CriticConfig
@@ -70,15 +70,24 @@ def learning_rate(config: LearnerConfig | CriticConfig, update: int, share: floa
 
 
 def apply_gradients(
-    model: Any, optimizer: torch.optim.Optimizer, lr: float, max_norm: float
+    model: Any, optimizer: torch.optim.Optimizer, lr: float, max_norm: float, of: str = "the model"
 ) -> dict[str | None, torch.Tensor]:
     """One update at `lr`; gradients are cleared. Returns the norms of the gradients before clipping, scalars, equal on all ranks: one, under
     None, or with an adapter per role that of each role, since each is a policy of its own and is clipped alone. An adapter without a
-    gradient, whose role had no row, stays as it is."""
+    gradient, whose role had no row, stays as it is.
+
+    of: whose gradients they are, for messages. RunError on every rank where a norm is not finite; no parameter is changed then."""
     norms = {
         role: fsdp.whole(torch.nn.utils.clip_grad_norm_(trained, max_norm)).detach()
         for role, trained in lora.parts(model).items()
     }
+    for role, norm in norms.items():
+        if not torch.isfinite(norm):  # clipping by it has made every gradient nan
+            raise RunError(
+                f"{of}{'' if role is None else f' (role {role})'}: expected a finite gradient norm, got {norm.item()}; no weight was changed by this "
+                "update. Take a smaller learning rate, or look at the rows, rewards and log-probabilities of this step, and go on from "
+                "the newest checkpoint (--resume)"
+            )
     for group in optimizer.param_groups:
         group["lr"] = lr
     optimizer.step()

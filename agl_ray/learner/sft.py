@@ -23,7 +23,7 @@ from agl_ray.learner.layouts import share_rows
 from agl_ray.learner.packing import Packed, pack, token_logprobs
 from agl_ray.learner.sft_rows import tokenize_rows
 from agl_ray.trajectory.ragged import Array, Rows
-from agl_ray.types import InputError, RunError
+from agl_ray.types import InputError
 
 if TYPE_CHECKING:
     import torch
@@ -192,7 +192,7 @@ class Tuner:
         stop: Callable[[int], bool] | None = None,
     ) -> SFTResult:
         """Train from where it stands to the last step. `progress` is called after each update; `stop` with the number of updates done,
-        and ends the training where it returns True. RunError where the loss is no number."""
+        and ends the training where it returns True. RunError where a gradient is no number."""
         began = time.perf_counter()
         was_training = self.model.training
         self.model.train()
@@ -225,13 +225,10 @@ class Tuner:
             loss += summed.item() / total
         lr = self.config.lr * self.config.lr_share(self.step)
         limit = self.config.max_grad_norm
-        norm = optim.apply_gradients(self.model, self.optimizer, lr, limit)[None]
+        of = f"fine-tuning step {self.step + 1}"
+        norm = optim.apply_gradients(self.model, self.optimizer, lr, limit, of)[None]
         loss = self._over_ranks(loss)
         self.step += 1
-        if not math.isfinite(loss):
-            raise RunError(
-                f"fine-tuning step {self.step}: the loss is {loss}; take a smaller learning rate, or look at the batch's rows"
-            )
         seconds = time.perf_counter() - began
         predicted = int((rows.weights != 0).sum())
         return SFTStep(

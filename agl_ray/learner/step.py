@@ -215,7 +215,8 @@ class Learner:
         with totals.timed("optimizer"):
             lr = optim.learning_rate(self.config, self.updates, self.share)
             limit = self.config.max_grad_norm
-            totals.add_norms(optim.apply_gradients(self.model, self.optimizer, lr, limit))
+            of = f"training step {self.version + 1}, policy"
+            totals.add_norms(optim.apply_gradients(self.model, self.optimizer, lr, limit, of))
             self.updates += 1
 
     @torch.no_grad()

@@ -98,7 +98,7 @@ class Calls:
 def read_calls(spans: pa.Table, attempts: Sequence[tuple[str, str]]) -> Calls:
     """The calls of these attempts from their spans (SPAN_SCHEMA; ordered by attempt, then sequence id).
 
-    RunError names the attempt and the call whose columns contradict each other.
+    RunError names the attempt and the call whose columns contradict each other, or a trained one with a log-probability that is no number.
     """
     here = pc.equal(spans["kind"], KIND_CALL)
     table = (
@@ -121,6 +121,7 @@ def read_calls(spans: pa.Table, attempts: Sequence[tuple[str, str]]) -> Calls:
     use[temperature <= 0] = Use.GREEDY
     use[pc.equal(table["status"], "ERROR").to_numpy()] = Use.FAILED
     use[list(attributes[ROLE_KIND])] = Use.FROZEN
+    _finite(names, logprobs, response_lengths, use == Use.TRAINED)
     return Calls(
         attempts, names.span_ids, _list(table, "role"), tags, attempt, _turns(attempt), parent, shared, prompt, end, use, temperature,
         _starts(prompt_lengths), _starts(response_lengths), prompt_ids, response_ids, logprobs,
@@ -195,6 +196,18 @@ def _same(names: _Names, column: str, expected: Array, got: Array) -> None:
         raise RunError(
             f"{names[call]}: {column} expected {expected[call]} as the other columns say, got {got[call]}; "
             "the recorded spans are damaged"
+        )
+
+
+def _finite(names: _Names, logprobs: Array, response_lengths: Array, trained: Array) -> None:
+    """One that is not finite would make every weight of the learner nan."""
+    call_of_token = np.repeat(np.arange(len(names)), response_lengths)
+    wrong = np.flatnonzero(~np.isfinite(logprobs) & trained[call_of_token])
+    if len(wrong):
+        call = call_of_token[wrong[0]]
+        raise RunError(
+            f"{names[call]}: response_logprobs expected finite numbers, since the call is trained on, got {logprobs[wrong[0]]} for token "
+            f"{wrong[0] - _starts(response_lengths)[call]} of the response; the engine computed no number there: look at its log and its weights"
         )
 
 

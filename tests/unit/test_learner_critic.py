@@ -63,6 +63,18 @@ def taught(folder: Path, steps: int = 2) -> Learner:
     return learner
 
 
+def test_a_gradient_of_the_critic_that_is_no_number_changes_neither_model(folder: Path) -> None:
+    learner = Learner(PPO, learner_config(), folder)
+    assert learner.critic is not None
+    before = [flat(learner.model), flat(learner.critic.model)]
+    wrong = payload(*random_batch(1), learner.config)
+    wrong.updates[0].micros[0].columns["scale"][:] = np.nan
+    with pytest.raises(RunError, match=r"critic, update 1 of the run: .* got nan"):
+        learner.train(wrong)
+    after = [flat(learner.model), flat(learner.critic.model)]
+    assert all(torch.equal(*pair) for pair in zip(before, after, strict=True))
+
+
 def test_packed_values_are_those_of_each_row_alone(folder: Path) -> None:
     model = taught(folder).critic.model  # type: ignore[union-attr]
     rows = build_rows(*(lambda spans, batch: (spans, batch.attempts))(*random_batch(2))).rows

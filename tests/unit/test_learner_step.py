@@ -277,6 +277,19 @@ def test_a_payload_for_another_step_is_refused(folder: Path) -> None:
         learner.train(payload(spans, batch, LearnerConfig()))
 
 
+@pytest.mark.parametrize("bad", [math.nan, math.inf])
+def test_a_gradient_that_is_no_number_changes_no_weight(folder: Path, bad: float) -> None:
+    config = LearnerConfig()
+    learner = Learner(ALGORITHM, config, folder)
+    before = flat(learner)
+    wrong = payload(*random_batch(7), config)
+    wrong.updates[0].micros[0].columns["scale"][:] = bad
+    with pytest.raises(RunError, match=r"step 1, policy: .* finite gradient norm, got (nan|inf);"):
+        learner.train(wrong)
+    assert torch.equal(flat(learner), before)
+    assert (learner.version, learner.updates) == (0, 0)
+
+
 def test_bfloat16_stays_close_to_float32(folder: Path) -> None:
     spans, batch = random_batch(8)
     losses = []

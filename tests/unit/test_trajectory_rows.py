@@ -191,6 +191,11 @@ def test_a_response_at_the_very_start_is_not_predicted_by_anything() -> None:
             "same attempt",
         ),
         ([call("a", [1], [2], logprobs=[])], "response_logprobs expected 1"),
+        ([call("a", [1], [2, 3], logprobs=[-1, np.nan])], "call a of .* got nan for token 1 of"),
+        (
+            [call("a", [1], [2, 3]), call("b", [1], [2], attempt=OTHER, logprobs=[-np.inf])],
+            "call b of .* got -inf for token 0",
+        ),
         ([call("a", [1], [2], prompt_tokens=9)], "prompt_tokens expected 1"),
         ([call("a", [1], [2], versions=[])], "weight_versions expected 1"),
         ([call("a", [1], [2], versions=[(1, 5)])], "start at 0"),
@@ -201,3 +206,11 @@ def test_a_response_at_the_very_start_is_not_predicted_by_anything() -> None:
 def test_damaged_spans_are_named(spans: list[dict[str, Any]], message: str) -> None:
     with pytest.raises(RunError, match=message):
         rows_of(*spans)
+
+
+def test_a_call_that_is_not_trained_may_lack_log_probabilities() -> None:
+    spans = [
+        call("a", [1], [2], logprobs=[np.nan], status="ERROR"),
+        call("b", [3], [4, 5], attempt=OTHER),
+    ]
+    assert shown(rows_of(*spans)) == [["1", "2"], ["3", "4*", "5*"]]
