@@ -13,7 +13,7 @@ from pydantic import Field, field_validator, model_validator
 
 from agl_ray.config.agent import AgentKey
 from agl_ray.config.algorithm import AlgorithmConfig, check_reachable
-from agl_ray.config.credit import CreditConfig
+from agl_ray.config.credit import CreditConfig, check_sides
 from agl_ray.config.critic import CriticConfig, check_baseline
 from agl_ray.config.judge import JudgeConfig
 from agl_ray.config.logging import LoggingConfig
@@ -351,6 +351,7 @@ class RunConfig(Section):
                 self.rollout.max_tokens or self.engine.max_model_len, self.engine.max_model_len
             )
             check_reachable(self.algorithm, most)
+        check_sides(self.credit, self.roles)
         check_temperature(self.algorithm.teacher, self.rollout.temperature)
         check_verl(self)
         check_baseline(self.algorithm, self.credit, self.learner.critic, self.rollout.min_group)

@@ -165,9 +165,8 @@ class Credit:
     def _groups(self, units: _Sides) -> Array:
         if self._key is not None:
             return _numbers([self._asked(unit) for unit in units.described()])[0]
-        by_role = self.config.group == "row+role"
-        roles = units.role if by_role else [None] * len(units.role)
-        return _numbers(list(zip(units.row.tolist(), roles, strict=True)))[0]
+        among = _AMONG[self.config.group](self.config, units)
+        return _numbers(list(zip(units.row.tolist(), among, strict=True)))[0]
 
     def _asked(self, unit: Unit) -> str:
         key = self._key(unit) if self._key else ""
@@ -176,6 +175,27 @@ class Credit:
                 f"credit.group {self.config.group}: expected a text for each unit, got {key!r} for {unit}"
             )
         return key
+
+
+def _factions(config: CreditConfig, units: _Sides) -> list[str]:
+    """The faction of each unit's role. RunError names a role that has none."""
+    sides = config.faction_of
+    for role, member in zip(units.role, units.member.tolist(), strict=True):
+        if role not in sides:
+            rollout = units.calls.attempts[member][0]
+            raise RunError(
+                f"credit.group row+faction: expected the calls of the policy to be of the roles {', '.join(sorted(sides))}, got one of "
+                f"{f'role {role!r}' if role else 'no role'} in rollout {rollout}; put the role into credit.factions, or make the call under one of them"
+            )
+    return [sides[role] for role in units.role if role is not None]
+
+
+_AMONG: Mapping[str, Callable[[CreditConfig, _Sides], Sequence[str | None]]] = {
+    "row": lambda config, units: [None] * len(units.role),
+    "row+role": lambda config, units: units.role,
+    "row+faction": _factions,
+}
+"""By `credit.group`: what units of a row must have alike to be compared."""
 
 
 def _numbers(keys: Sequence[Hashable]) -> tuple[Array, Array]:

@@ -416,11 +416,92 @@ def test_what_agents_emit_reaches_the_units() -> None:
     assert units_of(spans, batch, CreditConfig()).reward.tolist() == [1 + 10 + 20 + 40 + 80]
 
 
+SIDES = {"wolves": ["wolf", "king"], "village": ["seer"]}
+
+
+def faction(**sides: list[str]) -> dict[str, Any]:
+    return {"unit": "role", "group": "row+faction", "factions": sides}
+
+
+@pytest.mark.parametrize("unit", ["call", "role"])
+def test_the_units_of_a_side_are_compared(unit: Any) -> None:
+    """A game that the wolves win in one rollout and lose in the other: among all units the outcome tells the sides apart, within a side how well it did."""
+    spans: Spans = []
+    plans = []
+    for row in (0, 1):
+        members = []
+        for game, won in enumerate((1.0, 0.0)):
+            attempt = (f"ro-{row}-{game}", "at-1")
+            for role in ("wolf", "king", "seer"):
+                spans.append(call(role, [1], [2], attempt=attempt, role=role))
+                spans.append(call(f"{role}2", [1], [2], attempt=attempt, role=role))
+                paid = won if role != "seer" else 1 - won
+                spans.append(reward(f"r-{role}", paid, attempt, f"role:{role}"))
+            members.append(Member(rollout_id=attempt[0], attempt_id="at-1", reward=0.0))
+        plans.append(GroupPlan(group_id=f"g{row}", members=tuple(members)))
+    batch = TrainBatch(step=1, groups=tuple(plans))
+    config = CreditConfig(unit=unit, group="row+faction", factions=SIDES)
+    units = units_of(spans, batch, config)
+    sides = ["village" if role == "seer" else "wolves" for role in units.role]
+    keys = list(zip(units.row.tolist(), sides, strict=True))
+    assert partition(units.group.tolist()) == partition(keys)
+    assert units.counts["unit_groups"] == 4
+    made = make_algorithm(AlgorithmConfig()).advantages(units.reward, units.group)
+    assert made.tolist() == [0.5 if each else -0.5 for each in units.reward]
+
+
+@pytest.mark.parametrize("role", [None, "hunter"])
+def test_a_role_of_no_side_ends_the_run(role: str | None) -> None:
+    spans = [
+        call("a", [1], [2], attempt=ONE, role="wolf"),
+        call("x", [1], [2], attempt=ONE, role="judge", attributes={"agl.role_kind": "frozen"}),
+    ]
+    batch = two_rollouts()
+    batch = TrainBatch(step=1, groups=(GroupPlan(group_id="g", members=batch.members[:1]),))
+    config = CreditConfig(unit="call", group="row+faction", factions=SIDES)
+    assert len(units_of(spans, batch, config).reward) == 1  # what is not trained needs none
+    spans.append(call("b", [1], [2], attempt=ONE, role=role))
+    words = r"roles king, seer, wolf, got one of (no role|role 'hunter') in rollout ro-1; put"
+    with pytest.raises(RunError, match=words):
+        units_of(spans, batch, config)
+
+
+@pytest.mark.parametrize(
+    ("roles", "words"),
+    [
+        ({"wolf": "train", "king": "train"}, r"section roles \(king, wolf\), got 'seer'"),
+        ({"wolf": "frozen", "king": "frozen", "seer": "frozen"}, "expected a role of kind train"),
+        (
+            {"wolf": "train", "king": "frozen", "seer": "train", "fox": "train"},
+            "every trained role on a side, got none for 'fox'",
+        ),
+    ],
+)
+def test_sides_and_roles_fit_together(roles: dict[str, Any], words: str) -> None:
+    base = {"model": {"path": "m"}, "credit": faction(**SIDES)}
+    right = {"wolf": "train", "king": "frozen", "seer": "frozen", "judge": "frozen"}
+    assert validate({**base, "roles": right}).credit.faction_of["king"] == "wolves"
+    with pytest.raises(ConfigError, match=words):
+        validate({**base, "roles": roles})
+
+
 @pytest.mark.parametrize(
     ("given", "words"),
     [
-        ({"group": "raw"}, "credit.group: expected row, row\\+role or file.py:function, got 'raw'"),
+        (
+            {"group": "raw"},
+            "credit.group: expected row, row\\+role, row\\+faction or file.py:function, got 'raw'",
+        ),
         ({"group": "row+role"}, "row\\+role needs credit.unit call or role"),
+        (
+            {"group": "row+faction", "factions": SIDES},
+            "row\\+faction needs credit.unit call or role",
+        ),
+        ({"unit": "role", "group": "row+faction"}, "act together only; .* 0 factions"),
+        ({"unit": "role", "factions": SIDES}, "act together only; got credit.group 'row'"),
+        (faction(one=["a"], two=["b", "a"]), "every role once, got 'a' 2 times"),
+        (faction(one=["a"], two=[]), "credit.factions.two"),
+        (faction(one=["a"], two=["b"]), "roles of the section roles .it has none., got 'a'"),
         ({"outcome": "last"}, "credit.outcome last acts with credit.unit call or role only"),
         ({"weights": {"primary": 0.0}}, "expected a weight other than 0"),
         ({"unit": "turn"}, "credit.unit"),
