@@ -14,6 +14,7 @@ from collections.abc import Callable, MutableMapping
 from pathlib import Path
 from typing import Any, Generic, Self, TypeVar
 
+from agl_ray.agents.injection import TASK, injected
 from agl_ray.types import (
     LLM,
     AttemptedRollout,
@@ -26,8 +27,6 @@ from agl_ray.types import (
 
 T = TypeVar("T")
 log = logging.getLogger("agl_ray.agent")
-
-INJECTED = ("llm", "prompt_template", "resources", "rollout", "ctx")
 
 
 class EnvironmentFailure(Exception):
@@ -176,7 +175,9 @@ class FunctionAgent(LitAgent[Any]):
 
     def __init__(self, function: Callable[..., Any]) -> None:
         self.function = function
-        self.parameters = _check_parameters(function)
+        self.parameters = injected(function, RolloutContext)
+        given = inspect.signature(function).parameters.values()
+        self.defaults = {one.name: one.default for one in given if one.default is not one.empty}
         functools.update_wrapper(self, function)
 
     def __call__(self, *args: Any, **kwargs: Any) -> Any:
@@ -192,43 +193,50 @@ class FunctionAgent(LitAgent[Any]):
     def bound(
         self, attempt: AttemptedRollout, resources: NamedResources, ctx: RolloutContext
     ) -> tuple[Callable[..., Any], dict[str, Any]]:
-        """The function; the task under its first parameter, the rest by name."""
-        values: dict[str, Callable[[], Any]] = {
-            "llm": lambda: _only(resources, LLM, "llm"),
-            "prompt_template": lambda: _only(resources, PromptTemplate, "prompt_template"),
-            "resources": lambda: resources,
-            "rollout": lambda: attempt,
-            "ctx": lambda: ctx,
+        """The function, and what each of its parameters gets."""
+        values: dict[str, Callable[[str], Any]] = {
+            TASK: lambda name: attempt.rollout.input,
+            "llm": lambda name: self._first(resources, LLM, name),
+            "prompt_template": lambda name: self._first(resources, PromptTemplate, name),
+            "resources": lambda name: resources,
+            "rollout": lambda name: attempt,
+            "ctx": lambda name: ctx,
         }
-        first, *others = self.parameters
-        return self.function, {
-            first: attempt.rollout.input,
-            **{name: values[name]() for name in others},
-        }
+        return self.function, {name: values[what](name) for name, what in self.parameters.items()}
+
+    def _first(self, resources: NamedResources, kind: type, parameter: str) -> Any:
+        """The first resource of this kind, else the parameter's default. InputError where it has none."""
+        found = [resource for resource in resources.values() if isinstance(resource, kind)]
+        if not found and parameter not in self.defaults:
+            raise InputError(
+                f"agent parameter {parameter!r}: no {kind.__name__} among the resources {sorted(resources)}"
+            )
+        return found[0] if found else self.defaults[parameter]
 
 
 def rollout(function: Callable[..., Any]) -> FunctionAgent:
-    """Make a function (plain or async) an agent: its first parameter is the task; `llm`, `prompt_template`, `resources`,
-    `rollout` and `ctx` are injected by name. It returns the reward, or None when `emit_reward` was called.
+    """Make a function (plain or async) an agent: `llm`, `prompt_template`, `resources`, `rollout` and `ctx` are injected by
+    name, and under any other name by type (`model: LLM`); the task is the parameter `task`, else the first one left. It returns the reward,
+    or None when `emit_reward` was called.
 
-    InputError for a parameter that nothing can be injected for.
+    InputError for a parameter that nothing can be injected for, and for one whose name and type contradict each other.
     """
     return FunctionAgent(function)
 
 
 def llm_rollout(function: Callable[..., Any]) -> FunctionAgent:
-    """`rollout`, for a function with a parameter `llm` (the name that agent-lightning 0.3 gives to it). InputError without one."""
+    """`rollout`, for a function with a parameter `llm`, or of type LLM (the name that agent-lightning 0.3 gives to it). InputError without one."""
     return _with_parameter(function, "llm")
 
 
 def prompt_rollout(function: Callable[..., Any]) -> FunctionAgent:
-    """`rollout`, for a function with a parameter `prompt_template`. InputError without one."""
+    """`rollout`, for a function with a parameter `prompt_template`, or of type PromptTemplate. InputError without one."""
     return _with_parameter(function, "prompt_template")
 
 
 def _with_parameter(function: Callable[..., Any], name: str) -> FunctionAgent:
     agent = FunctionAgent(function)
-    if name not in agent.parameters[1:]:
+    if name not in agent.parameters.values():
         text = f"expected a parameter {name!r} after the task, got {list(agent.parameters)}"
         raise InputError(f"agent {getattr(function, '__name__', function)}: {text}")
     return agent
@@ -247,27 +255,3 @@ def as_agent(thing: Any, what: str = "agent") -> LitAgent:
         )
     thing.fresh()
     return thing
-
-
-def _check_parameters(function: Callable[..., Any]) -> tuple[str, ...]:
-    parameters = list(inspect.signature(function).parameters.values())
-    name = getattr(function, "__name__", str(function))
-    if not parameters:
-        raise InputError(f"agent {name}: expected a first parameter for the task, got none")
-    for parameter in parameters[1:]:
-        optional = parameter.default is not parameter.empty
-        if parameter.name not in INJECTED and not optional:
-            raise InputError(
-                f"agent {name}: nothing can be injected for its parameter {parameter.name!r}; "
-                f"expected one of {', '.join(INJECTED)}, or a default value"
-            )
-    return (parameters[0].name, *(p.name for p in parameters[1:] if p.name in INJECTED))
-
-
-def _only(resources: NamedResources, kind: type, parameter: str) -> Any:
-    found = [resource for resource in resources.values() if isinstance(resource, kind)]
-    if not found:
-        raise InputError(
-            f"agent parameter {parameter!r}: no {kind.__name__} among the resources {sorted(resources)}"
-        )
-    return found[0]
