@@ -31,8 +31,8 @@ def left_threads() -> int:
 async def call(function: Callable[..., Any], kwargs: dict[str, Any], *, apart: bool) -> Any:
     """What `function(**kwargs)` returns, awaited where it is a coroutine.
 
-    apart: run a plain function in a thread of its own, so that this loop goes on; cancelled, the thread is left behind. SystemExit, with
-    which asyncio would end the whole process, becomes RuntimeError.
+    apart: run a plain function in a thread of its own, so that this loop goes on; cancelled, the thread is left behind. Wherever it runs,
+    it may call `asyncio.run`. SystemExit, with which asyncio would end the whole process, becomes RuntimeError.
     """
     with contained():
         if inspect.iscoroutinefunction(function):
@@ -40,8 +40,30 @@ async def call(function: Callable[..., Any], kwargs: dict[str, Any], *, apart: b
         if apart:
             value = await in_thread(lambda: function(**kwargs))
         else:
-            value = function(**kwargs)
+            with _off_the_loop():
+                value = function(**kwargs)
         return await value if inspect.isawaitable(value) else value
+
+
+@contextmanager
+def _off_the_loop() -> Iterator[None]:
+    """Around a plain function that is called on this loop and holds it up: it finds no loop, as in a thread of its own, and may run one (the
+    synchronous face of many agent libraries does). Not in another thread: breakpoints work in this one."""
+    loop, task = asyncio.get_running_loop(), asyncio.current_task()
+    # The three are asyncio's door for those who write event loops.
+    if task is not None:
+        asyncio._leave_task(loop, task)
+    asyncio._set_running_loop(None)
+    asyncio.set_event_loop(None)
+    try:
+        yield
+    finally:
+        asyncio.set_event_loop(
+            None
+        )  # as asyncio.run leaves it; a coroutine finds the running loop first
+        asyncio._set_running_loop(loop)
+        if task is not None:
+            asyncio._enter_task(loop, task)
 
 
 @contextmanager

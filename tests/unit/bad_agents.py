@@ -49,6 +49,22 @@ def do_nothing(task: Any, ctx: Any) -> float:
     return 1.0
 
 
+def do_run(task: Any, ctx: Any) -> float:
+    """Runs a loop, as the synchronous faces of agent libraries do, and leaves another as this thread's."""
+
+    async def ends() -> float:
+        await asyncio.wait_for(asyncio.sleep(0), 5)
+        assert asyncio.current_task() is not None
+        return 0.5
+
+    first = asyncio.run(ends())
+    loop = asyncio.new_event_loop()
+    asyncio.set_event_loop(loop)
+    second = loop.run_until_complete(ends())
+    loop.close()
+    return first + second
+
+
 def do_raise(task: Any, ctx: Any) -> float:
     raise KeyError("no such tool")
 

@@ -287,3 +287,20 @@ def test_a_mode_or_a_deadline_that_makes_no_sense_is_refused() -> None:
         develop(asks, [1], base_url="http://127.0.0.1:9/v1", model="m", mode="vall")
     with pytest.raises(InputError, match="timeout_seconds: expected a number above 0"):
         develop(asks, [1], base_url="http://127.0.0.1:9/v1", model="m", timeout_seconds=0)
+
+
+def test_a_plain_function_may_run_a_loop_of_its_own_in_this_thread() -> None:
+    threads = []
+
+    @agl.rollout
+    def agent(task: float) -> float:
+        async def ends() -> float:
+            await asyncio.wait_for(asyncio.sleep(0), 5)
+            threads.append(threading.current_thread())
+            return task
+
+        return asyncio.run(ends())
+
+    tried = develop(agent, [0.5, 1.0], base_url="http://127.0.0.1:9/v1", model="m")
+    assert [one.outcome.reward for one in tried] == [0.5, 1.0]
+    assert threads == [threading.main_thread()] * 2
