@@ -41,6 +41,7 @@ WRITER_SECONDS = 60.0
 class SFTJob:
     """What to do. model: a Hugging Face folder. rows, held_out: to train on, and to measure the loss on (None: not measured). facts: what
     the summary says of the data. lora: train adapters, None: all weights. merged: with adapters, export the merged model too.
+    gradient_checkpointing: as the learner's (learner/recompute.py); it changes no weight, so that a resumed job may have it or not.
     val_every, checkpoint_every: in updates; 0 = only at the end."""
 
     model: Path
@@ -54,6 +55,7 @@ class SFTJob:
     ranks: int = 1
     dtype: Literal["float32", "bfloat16"] = "float32"
     device: Literal["cpu", "cuda"] = "cpu"
+    gradient_checkpointing: bool = False
     val_every: int = 0
     checkpoint_every: int = 100
     resume: bool = False
@@ -162,6 +164,7 @@ def run_rank(rank: int, job: SFTJob, port: int) -> None:
     from agl_ray.learner import fsdp
     from agl_ray.learner.lora import add_adapters
     from agl_ray.learner.model import load_model
+    from agl_ray.learner.recompute import recompute_layers
 
     device = job.device
     if job.ranks > 1:
@@ -174,6 +177,8 @@ def run_rank(rank: int, job: SFTJob, port: int) -> None:
         model = load_model(job.model, device)
         if job.lora is not None:
             add_adapters(model, job.lora, job.config.seed)
+        if job.gradient_checkpointing:
+            recompute_layers(model)
         tuner = Tuner(model, job.config, rank=rank, world_size=job.ranks, dtype=job.dtype)
         work = _Sitting(job, tuner, display if rank == 0 else None)
         result = work.train()

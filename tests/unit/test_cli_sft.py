@@ -10,6 +10,7 @@ import pytest
 from test_learner_sft_store import record
 
 from agl_ray.cli.app import main
+from agl_ray.learner import recompute
 from tests.integration.tiny_model import make
 
 
@@ -52,6 +53,17 @@ def test_conversations_to_a_model(
     assert summary["held_out_loss"]["4"] < summary["held_out_loss"]["0"]
     assert (tmp_path / "out" / "export" / "model.safetensors").is_file()
     assert list((tmp_path / "out" / "tensorboard").iterdir())
+
+
+def test_layers_are_recomputed_where_asked(
+    model: Path, chats: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    asked: list[object] = []
+    monkeypatch.setattr(recompute, "recompute_layers", asked.append)
+    assert sft(model, chats, tmp_path) == 0
+    assert not asked
+    assert sft(model, chats, tmp_path / "less", "--gradient-checkpointing") == 0
+    assert len(asked) == 1
 
 
 def test_a_runs_best_rollouts_to_a_model(

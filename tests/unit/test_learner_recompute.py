@@ -104,3 +104,34 @@ def test_a_model_without_layers_is_refused() -> None:
     assert decoder_layers(model) == []
     with pytest.raises(InputError, match=r"learner.gradient_checkpointing: expected layers in"):
         recompute_layers(model)
+
+
+class Dropping(torch.nn.Module):
+    """One layer of a model that fine-tuning would put into training mode."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.linear, self.dropout = torch.nn.Linear(8, 8), torch.nn.Dropout(0.5)
+
+    def forward(self, hidden: torch.Tensor) -> torch.Tensor:
+        return self.dropout(torch.tanh(self.linear(hidden)))
+
+
+class Layered(torch.nn.Sequential):
+    _no_split_modules = ("Dropping",)
+
+
+def test_dropout_of_a_model_in_training_mode_is_drawn_again_alike() -> None:
+    torch.manual_seed(0)
+    model, hidden = Layered(Dropping(), Dropping(), Dropping()), torch.randn(5, 8)
+    seen = []
+    for switched_on in (False, True):
+        if switched_on:
+            recompute_layers(model)
+        torch.manual_seed(1)
+        model.zero_grad()
+        model(hidden).square().sum().backward()
+        seen.append([p.grad.clone() for p in model.parameters() if p.grad is not None])
+    assert seen[0][0].abs().max() > 1e-3
+    for plain, recomputed in zip(*seen, strict=True):
+        torch.testing.assert_close(recomputed, plain, atol=0, rtol=0)

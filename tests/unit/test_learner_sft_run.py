@@ -14,7 +14,8 @@ import pytest
 import torch
 
 from agl_ray.config.logging import LoggingConfig
-from agl_ray.learner import sft_run
+from agl_ray.config.lora import LoraConfig
+from agl_ray.learner import recompute, sft_run
 from agl_ray.learner.sft import SFTConfig, SFTStep, Tuner
 from agl_ray.learner.sft_run import SFTJob, run
 from agl_ray.ops.metrics import VALIDATION_FILE, read_metrics
@@ -139,6 +140,33 @@ def test_the_gradient_of_packed_rows_is_that_of_each_row_alone(model: Path) -> N
     for tokens in (1, 40, 10_000):
         found = gradient(model, rows, tokens)
         assert (found - expected).norm() / expected.norm() < 1e-5
+
+
+@pytest.mark.parametrize("rank", [None, 4])
+def test_recomputed_layers_make_the_same_model(
+    job: SFTJob, tmp_path: Path, rank: int | None, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    seen: list[Any] = []
+    recompute_layers = recompute.recompute_layers
+    monkeypatch.setattr(
+        recompute, "recompute_layers", lambda model: (seen.append(model), recompute_layers(model))
+    )
+    chosen = None if rank is None else LoraConfig(rank=rank)
+    plain = replace(job, config=replace(CONFIG, steps=3), lora=chosen)
+    run(plain)
+    assert not seen
+    run(replace(plain, output=tmp_path / "recomputed", gradient_checkpointing=True))
+    assert len(seen) == 1
+    pair = tensors(job.output), tensors(tmp_path / "recomputed")
+    assert pair[0].keys() == pair[1].keys()
+    for name, tensor in pair[0].items():
+        torch.testing.assert_close(pair[1][name], tensor, atol=1e-7, rtol=0)
+    losses = [
+        [row["loss"] for row in read_metrics(folder)]
+        for folder in (job.output, tmp_path / "recomputed")
+    ]
+    assert losses[0] == pytest.approx(losses[1], abs=1e-6)
+    assert losses[0][0] != losses[0][2]
 
 
 def test_a_loss_that_is_no_number_ends_it(job: SFTJob) -> None:
