@@ -27,6 +27,7 @@ from agl_ray.learner.packing import Packed, TokenOutputs, token_outputs
 from agl_ray.learner.prepare import Payload, Update, with_advantages
 from agl_ray.learner.recompute import recompute_layers
 from agl_ray.learner.reference import Known, make_reference, penalties
+from agl_ray.learner.totals import UNSEEN, said
 from agl_ray.learner.weights import delivered
 from agl_ray.types.errors import ConfigError, RunError
 
@@ -44,7 +45,9 @@ kl_reference, mean k3 of the policy at the start of the step against it, nats; k
 With a teacher (`algorithm.teacher`): kl_teacher, mean k1 (log pi - log teacher) of the policy at the start of the step, nats, which is what is
 brought down; teacher_bounded_fraction (share of trained tokens); rows_scored, rows_dropped_unscored, tokens_dropped_unscored, teacher_retries,
 seconds_teacher; no group is without signal then, and advantage_mean, _std, _max are of the rewards' part.
-Learner against engine, on tokens made by the current version: tokens_current, max_logprob_diff (nats), engine_kl (mean k3, nats).
+A mean or a maximum over no token is left out: all of them in a step without an update, those of the current version's tokens where all are older.
+Learner against engine, on tokens made by the current version: tokens_current, max_logprob_diff (nats), engine_kl (mean k3, nats). Of all
+trained tokens, so that the policy's way since an older version is in them: max_logprob_diff_all, engine_kl_all.
 With an adapter per role also max_logprob_diff.ROLE, tokens_trained.ROLE and grad_norm.ROLE (before its own clipping; grad_norm is of all of
 them together) of the roles that had rows.
 max_token_age: weight versions between a token and this step; token_age.AGE: trained tokens of that age, token_age_mean. Counts: tokens_trained, tokens_forward (their context included),
@@ -185,8 +188,6 @@ class Learner:
                 for micro, streams in work:
                     streams["old_logprobs"] = self._outputs(micro).logprobs
         if self.reference is not None:
-            # There in a step without signal too.
-            totals.add({}, {"kl_reference": torch.zeros((), device=totals.device)})
             with totals.timed("reference"):
                 for micro, streams in work:
                     streams["reference_logprobs"] = self.reference.logprobs(micro)
@@ -265,6 +266,7 @@ class Learner:
                 "entropy": -(counted * inputs.old_logprobs).sum(),
                 "kl_old": (counted * moved).sum(),
                 "engine_kl": torch.where(current > 0, engine_kl, 0.0).sum(),
+                "engine_kl_all": torch.where(counted > 0, engine_kl, 0.0).sum(),
             }
         )
         if inputs.reference_logprobs is not None:
@@ -272,9 +274,12 @@ class Learner:
             totals.add({}, {"kl_reference": (counted * away).sum()})
         marks = self.algorithm.teacher_marks(inputs)
         totals.add({}, {name: (counted * mark).sum() for name, mark in marks.items()})
-        largest = torch.where(current > 0, difference.abs(), 0.0).max()
-        age = torch.where(counted > 0, self.version - versions, 0).max()
-        totals.keep_largest({"max_logprob_diff": largest, "max_token_age": age})
+        largest = torch.where(current > 0, difference.abs(), UNSEEN).max()
+        of_all = torch.where(counted > 0, difference.abs(), UNSEEN).max()
+        age = torch.where(counted > 0, self.version - versions, UNSEEN).max()
+        totals.keep_largest(
+            {"max_logprob_diff": largest, "max_logprob_diff_all": of_all, "max_token_age": age}
+        )
         if micro.role is not None:
             totals.add({f"tokens_trained.{micro.role}": counted.sum()})
             totals.keep_largest({f"max_logprob_diff.{micro.role}": largest})
@@ -312,12 +317,12 @@ class Learner:
 class _Totals:
     """Sums, maxima and phase times of one step, kept on the device until the end, then added over the ranks at once."""
 
-    PER_TOKEN = frozenset({"entropy", "kl_old"})
+    PER_TOKEN = frozenset({"entropy", "kl_old", "engine_kl_all"})
 
     def __init__(self, device: torch.device) -> None:
         self.device = device
         self.sums: defaultdict[str, torch.Tensor] = defaultdict(self._zero)
-        self.maxima: defaultdict[str, torch.Tensor] = defaultdict(self._zero)
+        self.maxima: defaultdict[str, torch.Tensor] = defaultdict(lambda: self._zero() + UNSEEN)
         self.norms: defaultdict[str | None, list[torch.Tensor]] = defaultdict(list)
         self.seconds: defaultdict[str, float] = defaultdict(float)
         self.per_token: set[str] = set(self.PER_TOKEN)
@@ -355,28 +360,25 @@ class _Totals:
         self.seconds[phase] += time.perf_counter() - started
 
     def metrics(self, updates: int) -> dict[str, float]:
-        """Means over tokens (or over updates), equal on all ranks. Zero where there was no update."""
-        for name in ("loss", "tokens_trained", "tokens_current", "entropy", "kl_old", "engine_kl"):
+        """Means over tokens (or over updates), equal on all ranks. A mean or a maximum over no token at all is left out."""
+        for name in ("loss", "tokens_trained", "tokens_current"):
             _ = self.sums[name]
-        for name in ("max_logprob_diff", "max_token_age"):
-            _ = self.maxima[name]
-        sums = _over_ranks(self.sums)
+        over = dict.fromkeys(self.per_token, "tokens_trained") | {"engine_kl": "tokens_current"}
         maxima = _over_ranks(self.maxima, largest=True)
-        tokens, current = max(1.0, sums["tokens_trained"]), max(1.0, sums["tokens_current"])
-        for name in self.per_token:
-            sums[name] /= tokens
-        sums["engine_kl"] /= current
-        sums["loss"] /= max(1, updates)
+        made = said(_over_ranks(self.sums), maxima, over)
+        made["loss"] /= max(1, updates)
         norms = {
             "grad_norm" if role is None else f"grad_norm.{role}": float(torch.stack(of).mean())
             for role, of in self.norms.items()
         }
         seconds = {f"seconds_{phase}": value for phase, value in self.seconds.items()}
         seconds["seconds_train"] = time.perf_counter() - self.started
-        return {"grad_norm": 0.0, **sums, **maxima, **norms, "updates": float(updates), **seconds}
+        return {"grad_norm": 0.0, **made, **norms, "updates": float(updates), **seconds}
 
 
 def _over_ranks(values: dict[str, torch.Tensor], largest: bool = False) -> dict[str, float]:
+    if not values:
+        return {}
     names = sorted(values)
     stacked = fsdp.add_over_ranks(torch.stack([values[name] for name in names]), largest)
     return dict(zip(names, stacked.tolist(), strict=True))

@@ -18,9 +18,13 @@ import torch
 from agl_ray.algorithms.base import LossInputs
 from agl_ray.algorithms.kl import estimate
 from agl_ray.learner import fsdp
+from agl_ray.learner.totals import UNSEEN, said
 
 VERLS_OWN = ("pg_clipfrac", "pg_clipfrac_lower", "ppo_kl")
-PER_TOKEN = ("entropy", "entropy_full", "kl_old", "corrected_fraction", "ratio_mean")
+PER_TOKEN = (
+    *("entropy", "entropy_full", "kl_old", "engine_kl_all"),
+    *("corrected_fraction", "ratio_mean"),
+)
 
 
 class StepTotals:
@@ -29,9 +33,9 @@ class StepTotals:
     def __init__(self, world_size: int, device: str) -> None:
         self.world_size, self.device = world_size, device
         self.sums: dict[str, float] = dict.fromkeys(
-            ("loss", "tokens_trained", "tokens_current", "entropy", "kl_old", "engine_kl"), 0.0
+            ("loss", "tokens_trained", "tokens_current"), 0.0
         )
-        self.maxima: dict[str, float] = {"max_logprob_diff": 0.0, "max_token_age": 0.0}
+        self.maxima: dict[str, float] = {}
         self.norms: list[float] = []
         self.seconds: defaultdict[str, float] = defaultdict(float)
         self.started = time.perf_counter()
@@ -63,11 +67,15 @@ class StepTotals:
         self._add("tokens_current", current.sum())
         self._add("entropy", -(counted * old).sum())
         self._add("kl_old", (counted * estimate(old, inputs.logprobs, "k3")).sum())
-        self._add("engine_kl", (current * estimate(engine, old, "k3")).sum())
+        engine_kl = estimate(engine, old, "k3")
+        self._add("engine_kl", (current * engine_kl).sum())
+        self._add("engine_kl_all", (counted * engine_kl).sum())
         if inputs.entropy is not None:
             self._add("entropy_full", (counted * inputs.entropy).sum())
-        self._keep("max_logprob_diff", (current * (old - engine).abs()).max())
-        self._keep("max_token_age", (counted * (version - versions)).max())
+        off = (old - engine).abs()
+        self._keep("max_logprob_diff", torch.where(current > 0, off, UNSEEN).max())
+        self._keep("max_logprob_diff_all", torch.where(counted > 0, off, UNSEEN).max())
+        self._keep("max_token_age", torch.where(counted > 0, version - versions, UNSEEN).max())
 
     def add_ratio(self, log_ratio: torch.Tensor, counted: torch.Tensor, cut: torch.Tensor) -> None:
         """[N] each: the log of the policy loss's ratio, 1 where the token counts, whether the correction capped or dropped it."""
@@ -76,27 +84,26 @@ class StepTotals:
 
     def metrics(self, updates: int) -> dict[str, float]:
         """Over all ranks. A collective."""
-        sums, maxima = self._over_ranks(self.sums), self._over_ranks(self.maxima, largest=True)
-        tokens, current = max(1.0, sums["tokens_trained"]), max(1.0, sums["tokens_current"])
-        for name in PER_TOKEN:
-            if name in sums:
-                sums[name] /= tokens
+        over = dict.fromkeys(PER_TOKEN, "tokens_trained") | {"engine_kl": "tokens_current"}
+        maxima = self._over_ranks(self.maxima, largest=True)
+        made = said(self._over_ranks(self.sums), maxima, over)
         for name in ("loss", *VERLS_OWN):
-            if name in sums:
-                sums[name] /= max(1, updates)
-        sums["engine_kl"] /= current
+            if name in made:
+                made[name] /= max(1, updates)
         norm = sum(self.norms) / max(1, len(self.norms))
         seconds = {f"seconds_{phase}": value for phase, value in self.seconds.items()}
         seconds["seconds_train"] = time.perf_counter() - self.started
-        return {**sums, **maxima, "grad_norm": norm, "updates": float(updates), **seconds}
+        return {**made, "grad_norm": norm, "updates": float(updates), **seconds}
 
     def _add(self, name: str, value: Any) -> None:
         self.sums[name] = self.sums.get(name, 0.0) + float(value)
 
     def _keep(self, name: str, value: Any) -> None:
-        self.maxima[name] = max(self.maxima[name], float(value))
+        self.maxima[name] = max(self.maxima.get(name, UNSEEN), float(value))
 
     def _over_ranks(self, values: dict[str, float], largest: bool = False) -> dict[str, float]:
+        if not values:
+            return {}
         names = sorted(values)
         stacked = torch.tensor([values[name] for name in names], dtype=torch.float64)
         added = fsdp.add_over_ranks(stacked.to(self.device), largest)

@@ -56,7 +56,7 @@ class Ledger(msgspec.Struct, kw_only=True):
     seconds: dict[str, float] = {}
     total_seconds: float = 0.0
     notices: list[str] = []
-    max_logprob_diff: float = 0.0
+    max_logprob_diff: float | None = None
     retokenized_tokens: int = 0
     trained_tokens: int = 0
     weight_versions: int = 1
@@ -75,9 +75,8 @@ class Ledger(msgspec.Struct, kw_only=True):
         """Add a finished step's metrics; the step's weight version exists now."""
         self.step = step
         self.weight_versions = step + 1
-        self.max_logprob_diff = max(
-            self.max_logprob_diff, float(metrics.get("max_logprob_diff", 0.0))
-        )
+        compared = (self.max_logprob_diff, metrics.get("max_logprob_diff"))
+        self.max_logprob_diff = max((x for x in compared if x is not None), default=None)
         self.retokenized_tokens += int(metrics.get("retokenized_tokens", 0))
         self.trained_tokens += int(metrics.get("tokens_trained", 0))
         self.refilled_groups += int(metrics.get("groups_refilled", 0))

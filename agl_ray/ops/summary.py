@@ -7,7 +7,7 @@ Written by the trainer at the end of a run, also of one that failed or was inter
     attempts              attempts by end reason, all reasons named, training and validation
     retokenized_tokens    tokens of conversations that had to be rendered afresh (contract 4: 0 is the aim)
     updates               optimiser steps' batches trained; weight_versions = updates + 1
-    max_logprob_diff      largest |learner - engine| log-probability seen, same weights and tokens
+    max_logprob_diff      largest |learner - engine| log-probability seen, same weights and tokens; null: no token was compared
     seconds               {setup, sft, rollout, update, sync, idle, total}; idle = total - the others
     seed, name, run_folder
     events                sentences: deaths and recoveries, in order
@@ -43,7 +43,7 @@ def make_summary(
     total_seconds: float,
     updates: int,
     weight_versions: int,
-    max_logprob_diff: float,
+    max_logprob_diff: float | None,
     retokenized_tokens: int,
     seed: int,
     events: Sequence[str] = (),
@@ -68,7 +68,7 @@ def make_summary(
         "attempts": counts,
         "updates": int(updates),
         "weight_versions": int(weight_versions),
-        "max_logprob_diff": float(max_logprob_diff),
+        "max_logprob_diff": None if max_logprob_diff is None else float(max_logprob_diff),
         "seconds": {**spent, **others, "idle": idle, "total": float(total_seconds)},
         "seed": int(seed),
         "events": list(events),

@@ -67,10 +67,11 @@ def _attempts(summary: Summary, width: int) -> str:
     lines = [
         f"Attempts: {sum(attempts.values())}, of them ok {attempts.get('ok', 0)}; not ok: {words}."
     ]
+    largest = summary["max_logprob_diff"]
     lines.append(
         f"Updates: {summary['updates']}; weight versions: {summary['weight_versions']}; re-tokenised tokens: "
         f"{summary['retokenized_tokens']}; largest log-probability difference engine/learner: "
-        f"{summary['max_logprob_diff']:.1e}."
+        f"{'not compared' if largest is None else f'{largest:.1e}'}."
     )
     if summary["events"]:
         lines.append("What happened on the way:")

@@ -161,6 +161,15 @@ def test_a_batch_without_signal_changes_nothing_and_makes_a_version(folder: Path
     assert torch.equal(flat(learner), before)
     assert (metrics["zero_signal_groups"], metrics["rows"], metrics["updates"]) == (4, 0, 0)
     assert (learner.version, metrics["loss"], metrics["grad_norm"]) == (1, 0, 0)
+    unseen = {
+        "entropy",
+        "kl_old",
+        "engine_kl",
+        "engine_kl_all",
+        "max_logprob_diff",
+        "max_token_age",
+    }
+    assert not unseen & metrics.keys()
 
 
 def test_a_batch_without_groups_changes_nothing_and_makes_a_version(folder: Path) -> None:
@@ -261,6 +270,8 @@ def test_learner_and_engine_are_compared_on_tokens_of_the_current_version_only(
     k3 = math.exp(-0.01) - 1 + 0.01
     assert metrics["engine_kl"] == pytest.approx(k3 / 3, abs=1e-7)
     assert (metrics["tokens_current"], metrics["max_token_age"]) == (3, 3)
+    assert metrics["max_logprob_diff_all"] >= 0.7 - 1e-5
+    assert metrics["engine_kl_all"] > metrics["engine_kl"]
     ages = {name: value for name, value in metrics.items() if name.startswith("token_age")}
     assert ages == {
         "token_age.0": 3,
@@ -268,6 +279,21 @@ def test_learner_and_engine_are_compared_on_tokens_of_the_current_version_only(
         "token_age.3": 1,
         "token_age_mean": pytest.approx(4 / 5),
     }
+
+
+def test_nothing_is_said_of_learner_and_engine_where_all_tokens_are_older(folder: Path) -> None:
+    config = LearnerConfig()
+    stale = {"versions": [(0, -1)]}
+    spans = [call("a", [1], [2], **stale), call("a", [1], [3], attempt=("ro-2", "at-2"), **stale)]
+    members = tuple(
+        Member(rollout_id=f"ro-{i}", attempt_id=f"at-{i}", reward=float(i)) for i in (1, 2)
+    )
+    batch = TrainBatch(step=1, groups=(GroupPlan(group_id="g", members=members),))
+    metrics = Learner(ALGORITHM, config, folder).train(payload(table(spans), batch, config))
+    assert metrics["tokens_current"] == 0
+    assert not {"max_logprob_diff", "engine_kl"} & metrics.keys()
+    assert min(metrics[f"{name}_all"] for name in ("max_logprob_diff", "engine_kl")) > 0
+    assert (metrics["max_token_age"], metrics["entropy"] > 0) == (1, True)
 
 
 def test_a_payload_for_another_step_is_refused(folder: Path) -> None:

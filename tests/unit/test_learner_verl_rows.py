@@ -98,3 +98,8 @@ def test_metrics_compare_with_the_engine_on_tokens_of_the_current_version() -> N
     assert (made["entropy"], made["ratio_mean"], made["corrected_fraction"]) == (1, 1, 0.25)
     assert (made["loss"], made["grad_norm"], made["updates"]) == (0.75, 2, 1)
     assert made["engine_kl"] == pytest.approx((np.exp(0.5) - 0.5 - 1) / 3, abs=1e-6)
+    assert made["max_logprob_diff_all"] == 8
+    later = StepTotals(1, "cpu")
+    later.add_tokens(inputs, torch.from_numpy(got.columns["versions"]), 9)
+    assert not {"engine_kl", "max_logprob_diff"} & later.metrics(1).keys()
+    assert not {"entropy", "max_token_age"} & StepTotals(1, "cpu").metrics(0).keys()

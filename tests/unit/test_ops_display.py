@@ -176,6 +176,13 @@ def test_the_groups_of_a_step_say_what_was_replaced_and_what_is_missing() -> Non
     assert named(StepDone(1, 2, nothing)) == "step 1/2: groups 0/16+64, failures none"
 
 
+def test_a_step_in_which_nothing_was_compared_shows_no_difference() -> None:
+    row = {"reward": 0.5, "groups": 2, "tokens_current": 0, "max_logprob_diff_all": 0.7}
+    assert "dlogp" not in named(StepDone(1, 2, row))
+    place = header(120).index("dlogp") + len("dlogp") - 1
+    assert aligned(StepDone(1, 2, row), 120)[place] == "-"
+
+
 def test_a_narrow_screen_has_the_columns_that_fit() -> None:
     steps = [event for event in events() if isinstance(event, StepDone)]
     assert all(len(aligned(step, 80)) <= 80 for step in steps if step.step != 9)

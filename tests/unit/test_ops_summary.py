@@ -67,6 +67,12 @@ def test_the_promised_keys(tmp_path: Path) -> None:
         assert summary["seconds"][name] >= 0
 
 
+def test_a_run_in_which_no_token_was_compared_says_so() -> None:
+    summary = make_summary(**(FACTS | {"max_logprob_diff": None}))  # type: ignore[arg-type]
+    assert summary["max_logprob_diff"] is None
+    assert "engine/learner: not compared." in " ".join(render_summary(summary).split())
+
+
 def test_seconds_add_up() -> None:
     seconds = make_summary(**FACTS)["seconds"]
     assert seconds["idle"] == 5.0

@@ -70,3 +70,11 @@ def test_rows_events_and_notices(tmp_path: Path) -> None:
     assert notices == ledger.notices
     assert "tensorboard failed (FileExistsError" in notices[0]
     assert "misses 2 rows" in notices[1]
+
+
+def test_the_ledger_knows_no_difference_before_a_token_was_compared() -> None:
+    ledger, seen = Ledger(), []
+    for step, row in enumerate([{}, {"max_logprob_diff": 2e-6}, {}, {"max_logprob_diff": 1e-6}], 1):
+        ledger.take(row, step)
+        seen.append(ledger.max_logprob_diff)
+    assert seen == [None, 2e-6, 2e-6, 2e-6]
