@@ -6,6 +6,7 @@ them). Each runner has a place, a task that starts it, replaces it when it dies,
     loop      consumes                       produces              waits for
     place     a runner's life                the next runner       its start, at most start_seconds of the pool; then its end, of which Ray tells
     grow      a queue that does not empty    places                the store (a condition there), a place that is free, runners that start, earlier pools
+    watch     a runner's answers             its death, if none    the runner's event loop, at most runner_watch.LEASES leases
     shrink    a runner without work          its end               the runner (a condition there), the others
 
 Test alone: tests/integration/test_runner_pool.py, test_runner_elastic.py.
@@ -24,6 +25,7 @@ from ray.actor import ActorHandle
 
 from actors.runner import Runner, runner_options
 from actors.runner_start import NotStarted, first_line, started, whole
+from actors.runner_watch import until_deaf
 from agl_ray.agents import NO_HOST, Hook, Host, LitAgent
 from agl_ray.config import RunConfig
 from agl_ray.config.runners import FIRST, place_of
@@ -74,6 +76,7 @@ class RunnerPool:
         self._handles: dict[str, ActorHandle] = {}
         self._starting: set[str] = set()
         self._leaving: set[str] = set()
+        self._deaf: dict[str, str] = {}  # runners that were killed here -> why
         self._tasks: set[asyncio.Task[None]] = set()
         self._growing: asyncio.Task[None] | None = None
         self._staying = 0  # places whose runner was not asked to leave
@@ -210,14 +213,15 @@ class RunnerPool:
         loop = asyncio.get_running_loop()
         handle = self._handles[worker_id] = self._create(worker_id)
         began: float | None = None
-        shrinking: asyncio.Task[None] | None = None
+        beside: list[asyncio.Task[None]] = []
         try:
             await started(handle, worker_id, self.runners, place_of(self.name), self.remark)
             began = loop.time()
             self._starting.discard(worker_id)
             self._tell()
+            beside.append(self._begin(self._watch(worker_id, handle)))
             if self.runners.elastic:
-                shrinking = self._begin(self._shrink(worker_id, handle))
+                beside.append(self._begin(self._shrink(worker_id, handle)))
             await handle.run.remote()  # ends when the runner leaves; Ray raises when it dies
             # What the store leased to it while it was leaving.
             await self.store.worker_lost(worker_id, "its runner was stopped")
@@ -226,7 +230,8 @@ class RunnerPool:
                 return 0
             quick = began is None or loop.time() - began < QUICK
             quick_deaths = quick_deaths + 1 if quick else 0
-            await self._bury(worker_id, whole(error) if began is None else first_line(error))
+            said = whole(error) if began is None else first_line(error)
+            await self._bury(worker_id, self._deaf.pop(worker_id, said))
             if quick_deaths >= FAST_DEATHS:
                 raise RunError(
                     f"runner pool: {FAST_DEATHS} runners of one place in a row died within {QUICK:g} s of their start, "
@@ -236,9 +241,18 @@ class RunnerPool:
             ray.kill(handle)  # it would take a place that is free too late
             raise
         finally:
-            if shrinking is not None:
-                shrinking.cancel()
+            for task in beside:
+                task.cancel()
         return quick_deaths
+
+    async def _watch(self, worker_id: str, handle: ActorHandle) -> None:
+        """Kill this runner should its event loop stand still; its place buries it."""
+        try:
+            lease = self.config.runners.lease_seconds
+            self._deaf[worker_id] = await until_deaf(handle, worker_id, lease)
+            ray.kill(handle)
+        except ray.exceptions.RayActorError:
+            return  # its place hears of it, too
 
     async def _bury(self, worker_id: str, why: str) -> None:
         lost = await self.store.worker_lost(worker_id, f"its process died: {why}")

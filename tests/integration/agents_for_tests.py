@@ -31,6 +31,14 @@ async def dies_once(task: dict[str, Any], ctx: agl.RolloutContext) -> float:
 
 
 @agl.rollout
+async def blocks_once(task: dict[str, Any], ctx: agl.RolloutContext) -> float:
+    """A coroutine that holds its runner's loop up for `task["blocks"]` seconds, on the first attempt."""
+    if ctx.attempt_number == 1:
+        time.sleep(task["blocks"])  # noqa: ASYNC251
+    return 1.0
+
+
+@agl.rollout
 async def raises(task: dict[str, Any]) -> float:
     raise KeyError("no such tool: search")
 

@@ -9,6 +9,7 @@ from typing import Any
 
 import pytest
 
+from actors import runner_watch
 from actors.rollout_groups import GroupRollouts
 from actors.runner_pools import RunnerPools
 from actors.store import create_store
@@ -112,6 +113,30 @@ def test_a_killed_runner_is_replaced_and_its_attempts_are_queued_again(
             assert reasons in ([EndReason.OK], [EndReason.LOST, EndReason.OK])
 
     asyncio.run(scenario())
+
+
+def test_a_runner_whose_loop_stands_still_is_replaced_and_a_slow_one_is_not(
+    store: LightningStore, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(runner_watch, "LEASES", 2.0)
+    monkeypatch.setattr(runner_watch, "LEAST", 1.0)
+    settings = config(max_attempts=1, timeout_seconds=3600)
+    one = {"num_runners": 1, "concurrency": 1, "lease_seconds": 2.0}
+    settings = settings.model_copy(update={"runners": settings.runners.model_copy(update=one)})
+
+    async def scenario(blocks: float) -> list[str]:
+        rows = [{"blocks": blocks}]
+        evaluation, notices = await with_pool(
+            settings, store, "blocks_once", rows, lambda groups: groups.evaluate(rows, 0, print)
+        )
+        assert evaluation.scores == [1.0]
+        return notices
+
+    assert asyncio.run(scenario(3.0)) == []
+    (notice,) = asyncio.run(scenario(3600.0))
+    assert "its event loop had stood still for 6 s" in notice
+    assert "a new runner starts" in notice
+    assert "runners.isolation: thread" in notice
 
 
 @pytest.mark.parametrize(
