@@ -196,7 +196,7 @@ class FunctionAgent(LitAgent[Any]):
         """The function, and what each of its parameters gets."""
         values: dict[str, Callable[[str], Any]] = {
             TASK: lambda name: attempt.rollout.input,
-            "llm": lambda name: self._first(resources, LLM, name),
+            "llm": lambda name: ctx.llms.get("") or self._first(resources, LLM, name),
             "prompt_template": lambda name: self._first(resources, PromptTemplate, name),
             "resources": lambda name: resources,
             "rollout": lambda name: attempt,

@@ -5,7 +5,7 @@
 
 It is started once per rollout, with these variables beside those of the runner:
 
-    OPENAI_BASE_URL, OPENAI_API_KEY           the endpoint of this attempt, for OpenAI's clients (the first LLM of its resources)
+    OPENAI_BASE_URL, OPENAI_API_KEY           the endpoint of this attempt, for OpenAI's clients (what `ctx.llm()` gives)
     ANTHROPIC_BASE_URL, ANTHROPIC_API_KEY     the same, for Anthropic's
     AGL_MODEL                                 the model's name
     AGL_TASK_FILE, AGL_TASK                   the task as JSON: in a file, and as text where it has at most 100,000 bytes
@@ -193,7 +193,7 @@ class CommandAgent(LitAgent[Any]):
         found |= {name: str(value) for name, value in known.items() if value is not None}
         mapped = {**_asked_over_http(rollout), **self.env_map}
         found |= {name: _field(name, path, rollout.input) for name, path in mapped.items()}
-        return found | _endpoint(resources) | _three(ctx) | self.env
+        return found | _endpoint(resources, ctx) | _three(ctx) | self.env
 
 
 class _Watched(asyncio.subprocess.SubprocessStreamProtocol):
@@ -218,9 +218,10 @@ def agent_of(key: str | CommandConfig, base: Path) -> LitAgent:
     return agent
 
 
-def _endpoint(resources: NamedResources) -> dict[str, str]:
-    """The first LLM, for the clients of two makers."""
-    llm = next((one for one in resources.values() if isinstance(one, LLM)), None)
+def _endpoint(resources: NamedResources, ctx: RolloutContext) -> dict[str, str]:
+    """What `ctx.llm()` gives, else the first LLM, for the clients of two makers."""
+    first = next((one for one in resources.values() if isinstance(one, LLM)), None)
+    llm = ctx.llms.get("", first)
     if llm is None:
         return {}
     key = llm.api_key or "none"

@@ -11,7 +11,7 @@ import agl_ray as agl
 from agl_ray.agents.execute import run_agent
 from agl_ray.agents.roles import endpoints
 from agl_ray.tracing import SpanRecorder
-from agl_ray.types import Attempt, AttemptedRollout, EndReason, InputError, Rollout
+from agl_ray.types import Attempt, AttemptedRollout, EndReason, InputError, NamedResources, Rollout
 
 ROOT = "http://gw/rollout/ro-1/attempt/at-1"
 LLM = agl.LLM(
@@ -67,3 +67,30 @@ def test_an_agent_gets_at_them() -> None:
 def test_a_run_without_roles_says_so() -> None:
     with pytest.raises(InputError, match="none in this run"):
         agl.RolloutContext(rollout_id="r", attempt_id="a").llm("planner")
+
+
+def test_everybody_gets_the_llm_that_the_metadata_names() -> None:
+    seen = {}
+
+    @agl.rollout
+    def agent(task: int, llm: agl.LLM, ctx: agl.RolloutContext) -> float:
+        seen["injected"], seen["asked for"] = llm.model, ctx.llm().model
+        return 1.0
+
+    outside = agl.LLM(endpoint="http://far/v1", model="far", gateway=False)
+    resources: NamedResources = {"a": agl.LLM(endpoint="http://gw", model="A"), "b": LLM}
+    resources["c"] = outside
+    script = """echo "{\\"reward\\": \\"$AGL_MODEL $OPENAI_BASE_URL\\"}" """
+    program = agl.CommandAgent(["sh", "-c", script])
+    for name, expected, url in [
+        ("a", "A", f"{ROOT}/v1"),
+        ("b", "main", f"{ROOT}/v1"),
+        ("c", "far", "http://far/v1"),
+        (None, "A", f"{ROOT}/v1"),
+    ]:
+        given = attempt(resource=name) if name else attempt()
+        recorder = SpanRecorder("ro-1", "at-1")
+        asyncio.run(run_agent(agent, given, resources, recorder, 5.0))
+        assert seen == {"injected": expected, "asked for": expected}
+        outcome = asyncio.run(run_agent(program, given, resources, recorder, 20.0))
+        assert f"{expected} {url}" in str(outcome.error)  # as a reward it is none
