@@ -145,5 +145,6 @@ def _with(verdict: Verdict, calls: dict[str, float]) -> Verdict:
         reward=verdict.reward,
         dimensions=verdict.dimensions,
         calls=calls,
+        tags=verdict.tags,
         comment=verdict.comment,
     )

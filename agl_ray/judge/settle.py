@@ -60,6 +60,8 @@ async def judged(
 def _record(verdict: Verdict) -> None:
     for call_id, reward in verdict.calls.items():
         emit_reward({PRIMARY: reward}, primary_key=PRIMARY, call_id=call_id)
+    for tag, reward in verdict.tags.items():
+        emit_reward({PRIMARY: reward}, primary_key=PRIMARY, tag=tag)
     # Last, and without a target: the rollout's.
     dimensions = {**verdict.dimensions, PRIMARY: verdict.reward}
     comment = {COMMENT: verdict.comment} if verdict.comment else None

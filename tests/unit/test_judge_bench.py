@@ -15,6 +15,7 @@ import pytest
 from agl_ray.judge import Bench, Case, JudgedCall, JudgeFailed, Verdict, case_of
 from agl_ray.judge.bench import Ask, AskAgain
 from agl_ray.judge.functions import asking_function
+from agl_ray.tracing import make_tag_attributes
 from agl_ray.types import InputError, Rollout
 
 
@@ -58,6 +59,31 @@ def test_a_case_has_the_whole_conversations() -> None:
     assert found.messages == ["s", "u1", "other", "a3"]
     assert (found.task, found.reward, found.calls[0].role) == ("task", 0.5, "planner")
     assert case_of(rollout, [], None).messages == []
+
+
+def test_a_judge_sees_the_tags_of_a_call_and_may_reward_them() -> None:
+    metadata = {**make_tag_attributes(["search", "late"]), "user": "u"}
+    request = {"messages": ["u1"], "metadata": metadata}
+    row = {"kind": "call", "span_id": "1", "parent_call": None, "role": None}
+    rollout = Rollout(rollout_id="ro-1", input="task", start_time=0.0)
+    found = case_of(rollout, [{**row, "attributes": {"request": request, "response": "a"}}], None)
+    assert found.calls[0].tags == ("search", "late")
+    plain = {"messages": ["u1"]}
+    other = case_of(rollout, [{**row, "attributes": {"request": plain, "response": "a"}}], None)
+    assert other.calls[0].tags == ()
+    assert other.digest() != found.digest()
+
+    async def ask(one: Case) -> Verdict:
+        return Verdict(reward=1.0, tags=dict.fromkeys(one.calls[0].tags, 0.5))
+
+    async def main() -> list[Verdict]:
+        judge = bench(ask)
+        return [await judge.verdict(found), await judge.verdict(found)]
+
+    assert [one.tags for one in asyncio.run(main())] == [{"search": 0.5, "late": 0.5}] * 2
+    for wrong in ({"search": math.nan}, {"": 1.0}):
+        with pytest.raises(InputError, match="verdict"):
+            Verdict(reward=1.0, tags=wrong)
 
 
 def test_the_hash_is_of_what_is_judged() -> None:

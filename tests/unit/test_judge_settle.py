@@ -48,12 +48,19 @@ OK = Outcome(reason=EndReason.OK, reward=0.25)
 
 
 def test_the_verdict_is_the_reward_and_its_parts_are_recorded() -> None:
-    verdict = Verdict(reward=0.75, dimensions={"style": 0.5}, calls={"c1": 1.0}, comment="good")
+    verdict = Verdict(
+        reward=0.75,
+        dimensions={"style": 0.5},
+        calls={"c1": 1.0},
+        tags={"search": 0.5},
+        comment="good",
+    )
     outcome, rows, judges = settle(verdict, OK)
     assert outcome == Outcome(reason=EndReason.OK, reward=0.75)
     assert (judges.cases[0].task, judges.cases[0].reward) == ({"q": 1}, 0.25)
-    call, whole = rows
+    call, tag, whole = rows
     assert (call["reward"], call["reward_target"]) == (1.0, "c1")
+    assert (tag["reward"], tag["reward_target"]) == (0.5, "tag:search")
     assert (whole["reward"], whole["reward_dimension"], whole["reward_target"]) == (
         0.75,
         "primary",
