@@ -28,6 +28,7 @@ from agl_ray.algorithms.correction import correction
 from agl_ray.algorithms.opd import teacher_advantages, teacher_marks
 from agl_ray.algorithms.registry import (
     OTHER_BASELINES,
+    acts_by_advantage,
     find_advantage,
     find_choice,
     find_policy_loss,
@@ -70,7 +71,7 @@ class Algorithm:
         refuse_unread(config, [function for function in chosen if function is not None])
         all_rows = (
             self.needs_entropy
-            or self.needs_choice
+            or not acts_by_advantage(config.loss, self._gain)
             or self.needs_critic
             or config.teacher is not None
         )

@@ -70,6 +70,8 @@ CRITIC_BASELINES: set[str] = set()
 _advantages: dict[str, Any] = {}
 _losses: dict[str, PolicyLoss] = {}
 _choices: dict[str, Choice] = {}
+_zero_without_advantage: set[Callable[..., Any]] = set()
+"""Policy losses that say that a token of advantage 0 adds nothing to them."""
 _reads: dict[Callable[..., Any], frozenset[str]] = {}
 """Of each function that says so: the switches that it reads."""
 
@@ -96,17 +98,29 @@ def advantage(
 
 
 def policy_loss(
-    name: str, *, choose: Choice | None = None, reads: Iterable[str] | None = None
+    name: str,
+    *,
+    choose: Choice | None = None,
+    reads: Iterable[str] | None = None,
+    zero_without_advantage: bool = False,
 ) -> Callable[[F], F]:
     """Register a function as policy loss `name`; ConfigError where the name is taken by another function, or `reads` names no switch.
 
     reads: as of `advantage`; those that `choose` reads are among them.
     choose: called before each update with all of its tokens, it returns which of them [K] the loss finds marked in `LossInputs.chosen`. It
     costs a forward pass.
+    zero_without_advantage: the gain of a token of advantage 0 is 0 and so is its gradient, so that rows without any other token need not be run.
     """
+    register: Callable[[F], F] = _register(_losses, name, "policy loss", reads)
+
+    def keep(function: F) -> F:
+        if zero_without_advantage:
+            _zero_without_advantage.add(function)
+        return register(function)
+
     if choose is not None:
         _choices[name] = choose
-    return _register(_losses, name, "policy loss", reads)
+    return keep
 
 
 def find_advantage(
@@ -126,6 +140,11 @@ def find_policy_loss(name: str, base: Path | None = None) -> PolicyLoss:
 def find_choice(name: str) -> Choice | None:
     """The `choose` of this policy loss; None for one without. After `find_policy_loss`."""
     return _choices.get(name)
+
+
+def acts_by_advantage(name: str, function: PolicyLoss) -> bool:
+    """Whether rows without an advantage need not be run for this policy loss: it is one of ours or says so, and chooses among no tokens."""
+    return name not in _choices and (_is_ours(function) or function in _zero_without_advantage)
 
 
 def refuse_unread(config: AlgorithmConfig, chosen: Iterable[Callable[..., Any]]) -> None:
@@ -154,7 +173,7 @@ def switches() -> dict[str, list[str]]:
     found: dict[str, list[str]] = {}
     for what, table in (("advantage", _advantages), ("loss", _losses)):
         for name, function in table.items():
-            if function.__module__.startswith(f"{__package__}."):
+            if _is_ours(function):
                 for switch in sorted(_reads[function]):
                     found.setdefault(switch, []).append(f"{what} {name}")
     return found
@@ -177,6 +196,10 @@ def _register(
         return function
 
     return keep
+
+
+def _is_ours(function: Callable[..., Any]) -> bool:
+    return function.__module__.startswith(f"{__package__}.")
 
 
 def _import_ours() -> None:

@@ -200,6 +200,24 @@ def test_a_users_loss_may_read_any_switch_unless_it_says_which() -> None:
     assert "loss test_reads_one" not in READERS["dppo_bound"]
 
 
+@agl.policy_loss("test_by_advantage", zero_without_advantage=True)
+def by_advantage(inputs: LossInputs, config: AlgorithmConfig) -> Gain:
+    return Gain(inputs.logprobs * inputs.advantages)
+
+
+def test_rows_without_an_advantage_are_skipped_where_the_loss_says_that_they_add_nothing(
+    tmp_path: Path,
+) -> None:
+    for loss in LOSSES:
+        made = make_algorithm(AlgorithmConfig(loss=loss))
+        assert made.skip_zero_advantage == (registry.find_choice(loss) is None)
+    assert make_algorithm(AlgorithmConfig(loss="test_by_advantage")).skip_zero_advantage
+    assert not make_algorithm(AlgorithmConfig(loss="test_reads_any")).skip_zero_advantage
+    (tmp_path / "plain.py").write_text("def own(inputs, config):\n    return None\n")
+    plain = make_algorithm(AlgorithmConfig(loss="plain.py:own"), tmp_path)
+    assert not plain.skip_zero_advantage
+
+
 def test_what_a_file_names_counts_as_what_it_declares(tmp_path: Path) -> None:
     (tmp_path / "mine.py").write_text(
         "import agl_ray as agl\n\n@agl.advantage('test_own', reads=['rae_decay'])\ndef own(inputs, config):\n    return config.rae_decay * inputs.rewards\n"

@@ -13,7 +13,9 @@ import torch
 from learner_data import call, model_folder, random_batch, table
 from transformers import AutoModelForCausalLM
 
+import agl_ray as agl
 from agl_ray.algorithms.algorithm import make_algorithm
+from agl_ray.algorithms.base import Gain, LossInputs
 from agl_ray.config.models import AlgorithmConfig, LearnerConfig
 from agl_ray.learner.prepare import Payload, Update, lay_out
 from agl_ray.learner.step import Learner
@@ -27,6 +29,11 @@ ALGORITHM = AlgorithmConfig()
 @pytest.fixture(scope="module")
 def folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
     return model_folder(tmp_path_factory.mktemp("model"))
+
+
+@agl.policy_loss("test_regularizer")
+def regularizer(inputs: LossInputs, config: AlgorithmConfig) -> Gain:
+    return Gain(-((inputs.logprobs - inputs.engine_logprobs) ** 2))
 
 
 def payload(
@@ -210,6 +217,16 @@ def test_groups_without_signal_count_in_the_denominator_but_are_not_run(folder: 
     in_forward = sum(float(m.weights.sum()) for m in laid_out.updates[0].micros)
     assert laid_out.stats["tokens_of_batch"] > in_forward
     assert scales(laid_out.updates) == {np.float32(1 / laid_out.stats["tokens_of_batch"])}
+
+
+def test_a_users_loss_acts_on_rows_without_an_advantage_too(folder: Path) -> None:
+    """A term of its own, such as a divergence, needs no reward."""
+    config, algorithm = LearnerConfig(), AlgorithmConfig(loss="test_regularizer")
+    spans, batch = zero_signal()
+    metrics = Learner(algorithm, config, folder).train(payload(spans, batch, config, algorithm))
+    assert metrics["zero_signal_groups"] == metrics["groups"]
+    assert metrics["tokens_trained"] == metrics["tokens_of_batch"] > 0
+    assert metrics["grad_norm"] > 0
 
 
 def test_overlong_rows_are_dropped_after_the_advantages(folder: Path) -> None:
