@@ -11,7 +11,7 @@ It is started once per rollout, with these variables beside those of the runner:
     AGL_TASK_FILE, AGL_TASK                   the task as JSON: in a file, and as text where it has at most 100,000 bytes
     AGL_RESOURCES_FILE                        the resources as JSON, by name (prompt templates, further endpoints)
     AGL_RESULT_FILE                           where its result may go
-    AGL_ARTIFACTS                             a folder for whatever is to be kept
+    AGL_ARTIFACTS                             a folder for whatever is to be kept; it goes where nothing is put into it
     AGL_ROLLOUT_ID, AGL_ATTEMPT_ID, AGL_ATTEMPT_NUMBER, AGL_MODE, AGL_STEP, AGL_GROUP_INDEX, AGL_WEIGHT_VERSION,
     AGL_TIMEOUT_SECONDS                       those that are known
     AGL_OPENAI_BASE_URL, AGL_EVENT_URL, AGL_KEY    agent-lightning 1.0's three, where the store's door is open (`store.door`)
@@ -107,7 +107,10 @@ class CommandAgent(LitAgent[Any]):
         with tempfile.TemporaryDirectory(prefix="agl_ray_") as folder:
             result = Path(folder) / "result.json"
             variables = self._variables(Path(folder), rollout, resources, ctx)
-            code, out, err = await self._finish({**os.environ, **variables})
+            try:
+                code, out, err = await self._finish({**os.environ, **variables})
+            finally:
+                _discard_empty(Path(variables["AGL_ARTIFACTS"]))
             if code == ENVIRONMENT_FAILED:
                 raise EnvironmentFailure(f"the command's environment failed: {err.last_lines()}")
             if code != 0:
@@ -258,6 +261,13 @@ def _field(name: str, path: str, task: Any) -> str:
             raise CommandFailed(f"agent.env_map.{name}: the task has no {path!r}")
         value = value[part]
     return value if isinstance(value, str) else msgspec.json.encode(value).decode()
+
+
+def _discard_empty(artifacts: Path) -> None:
+    """Most programs keep nothing, and a long run has many rollouts: their folders, and the rollouts', go where they are empty."""
+    for folder in (artifacts, artifacts.parent):
+        with contextlib.suppress(OSError):  # something is in it
+            folder.rmdir()
 
 
 def _reward(result: Path, out: Tail) -> Any:

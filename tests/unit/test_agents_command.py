@@ -81,6 +81,18 @@ def test_a_program_gets_its_endpoint_its_task_and_its_place(tmp_path: Path) -> N
     ]
 
 
+def test_a_folder_for_artifacts_stays_where_something_is_in_it(tmp_path: Path) -> None:
+    (folder := tmp_path / "artifacts").mkdir()
+    host = Host(artifacts_folder=str(folder))
+    said = "test -d $AGL_ARTIFACTS && echo '{\"reward\": 1}'"
+    assert run(said, host=host)[0].reward == 1.0
+    assert list(folder.iterdir()) == []
+    assert run("exit 3", host=host)[0].reason is EndReason.AGENT_ERROR
+    assert list(folder.iterdir()) == []
+    assert run(f"echo kept > $AGL_ARTIFACTS/notes; {said}", host=host)[0].reward == 1.0
+    assert (folder / "ro-1" / "at-1" / "notes").read_text() == "kept\n"
+
+
 def test_a_large_task_is_in_its_file_only() -> None:
     script = 'test -z "$AGL_TASK" && wc -c < $AGL_TASK_FILE && echo \'{"reward": 1}\''
     outcome, said = run(script, "x" * 200_000)
