@@ -16,7 +16,7 @@ import os
 import signal
 import socket
 import sys
-from typing import Any
+from typing import Any, BinaryIO
 
 import msgspec
 
@@ -133,11 +133,13 @@ class AgentProcesses:
         """Have a process made. Should this be cancelled, it finds no job and goes."""
         here, there = socket.socketpair()
         back, front = os.pipe()
+        output = os.fdopen(back, "rb", buffering=0)
         try:
             await self._tell(f"start {key}", [there.fileno(), front])
-            return await _Talk.open(here, back, job, recorder)
+            return await _Talk.open(here, output, job, recorder)
         except BaseException:
             here.close()
+            output.close()
             raise
         finally:
             there.close()
@@ -207,14 +209,16 @@ class _Talk:
 
     @classmethod
     async def open(
-        cls, line: socket.socket, output: int, job: Job, recorder: SpanRecorder
+        cls, line: socket.socket, output: BinaryIO, job: Job, recorder: SpanRecorder
     ) -> _Talk:
         loop = asyncio.get_running_loop()
         prints = asyncio.StreamReader(limit=PIECE)
-        pipe, _ = await loop.connect_read_pipe(
-            lambda: asyncio.StreamReaderProtocol(prints), os.fdopen(output, "rb", buffering=0)
-        )
-        reader, writer = await asyncio.open_unix_connection(sock=line)
+        pipe, _ = await loop.connect_read_pipe(lambda: asyncio.StreamReaderProtocol(prints), output)
+        try:
+            reader, writer = await asyncio.open_unix_connection(sock=line)
+        except BaseException:
+            pipe.close()  # it is the loop's by now: to close the file alone would leave its number there
+            raise
         writer.write(framed(job))
         tail = Tail()
         heard = asyncio.ensure_future(_hear(reader, recorder))

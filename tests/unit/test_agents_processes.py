@@ -178,6 +178,28 @@ def test_a_cancelled_rollout_is_ended(tmp_path: Path) -> None:
     with_processes(tmp_path, scenario)
 
 
+def test_a_process_that_cannot_be_started_leaves_nothing_open(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    async def refuses(*given: Any, **more: Any) -> None:
+        raise OSError("refused")
+
+    async def scenario(run: Run) -> None:
+        assert (await run({"do": "nothing"}))[0].reward == 1.0
+        await asyncio.sleep(0.05)  # what that one has closed is the loop's to close
+        before = psutil.Process().num_fds()
+        places = ((AgentProcesses, "_tell"), (asyncio, "open_unix_connection"))
+        for owner, name in places:
+            with monkeypatch.context() as patched:
+                patched.setattr(owner, name, refuses)
+                with pytest.raises(OSError, match="refused"):
+                    await run({"do": "nothing"}, timeout=0.2)
+            await asyncio.sleep(0.05)
+            assert psutil.Process().num_fds() == before
+
+    with_processes(tmp_path, scenario)
+
+
 @pytest.mark.parametrize(
     ("text", "error"),
     [("raise ValueError('no key')", "no key"), ("import os; os._exit(1)", "died")],
