@@ -33,6 +33,14 @@ def _groups(row: Row) -> str:
     return f"{valid}/{wanted}" + (f"+{refilled}" if refilled else "")
 
 
+def _clipped(row: Row) -> str:
+    """Shares of the trained tokens cut at the lower and at the upper bound, `0.010/0.020`."""
+    sides = [
+        _number(f"clip_{side}_fraction", lambda x: f"{x:.3f}")(row) for side in ("low", "high")
+    ]
+    return "-" if sides == ["-", "-"] else "/".join(sides)
+
+
 def _speed(row: Row) -> str:
     speed = tokens_per_second(row)
     return "-" if speed is None else short(speed)
@@ -54,6 +62,11 @@ COLUMNS: list[tuple[str, int, Callable[[Row], str]]] = [
     ("stale", 5, _number("max_token_age", lambda x: f"{x:g}")),
     ("sync ms", 7, _number("sync_ms", lambda x: f"{x:.0f}")),
     ("dlogp", 7, _number("max_logprob_diff", lambda x: f"{x:.0e}")),
+    ("eng kl", 6, _number("engine_kl", lambda x: f"{x:.0e}")),
+    ("grad", 7, _number("grad_norm", lambda x: f"{x:.2g}")),
+    ("entropy", 7, _number("entropy", lambda x: f"{x:.3f}")),
+    ("kl old", 6, _number("kl_old", lambda x: f"{x:.0e}")),
+    ("clip", 11, _clipped),
     ("kl ref", 7, _number("kl_reference", lambda x: f"{x:.0e}")),
     ("kl teach", 8, _number("kl_teacher", lambda x: f"{x:.3f}")),
     ("rollout s", 9, _number("seconds_rollout", lambda x: f"{x:.1f}")),
@@ -63,11 +76,14 @@ COLUMNS: list[tuple[str, int, Callable[[Row], str]]] = [
 STEP_WIDTH = 7
 NARROW = 100  # characters; a narrower screen does without these columns
 LEFT_OUT = ("stale", "dlogp")
-LOG_ONLY = ("kl ref", "kl teach")  # of runs with such a model; the others have no room for it
+WIDE = 120  # a screen from here on has these too
+WIDE_ONLY = ("eng kl", "grad")
+LOG_ONLY = ("entropy", "kl old", "clip", "kl ref", "kl teach")  # a screen has no room for them
 
 
 def _columns(width: int) -> list[tuple[str, int, Callable[[Row], str]]]:
-    without = LOG_ONLY if width >= NARROW else (*LOG_ONLY, *LEFT_OUT)
+    wide, narrow = width >= WIDE, width < NARROW
+    without = (*LOG_ONLY, *(() if wide else WIDE_ONLY), *(LEFT_OUT if narrow else ()))
     return [column for column in COLUMNS if column[0] not in without]
 
 

@@ -105,6 +105,8 @@ def events(step_seconds: float = 0.0) -> Iterator[Event]:
         }
         metrics |= {"tokens_of_batch": 4200, "max_token_age": 0, "sync_ms": 31.3}
         metrics |= {"max_logprob_diff": 3.1e-6, "seconds_rollout": 3.1, "seconds_update": 0.9}
+        metrics |= {"engine_kl": 2e-12, "grad_norm": 0.0412, "entropy": 1.2341, "kl_old": 0.0}
+        metrics |= {"clip_low_fraction": 0.01, "clip_high_fraction": 0.02}
         metrics |= {"failures": {"timeout": 2} if step == 9 else {}}
         yield StepDone(step, STEPS, metrics)
     yield Validation(STEPS, 0.965, (0.935, 0.981), 256)
@@ -135,7 +137,8 @@ def test_plain_lines_have_a_time_and_say_it_all() -> None:
     assert "base model: done after 1 min 37 s" in text
     assert "validation before training: 0.203 (95 % CI 0.158 to 0.257, n = 256)" in text
     assert "step 9/25: reward 0.360, groups 14/16, tok/s 1.1k, stale 0, sync ms 31" in text
-    assert "dlogp 3e-06, rollout s 3.1, update s 0.9, failures timeout 2" in text
+    health = "dlogp 3e-06, eng kl 2e-12, grad 0.041, entropy 1.234, kl old 0e+00, clip 0.010/0.020"
+    assert f"{health}, rollout s 3.1, update s 0.9, failures timeout 2" in text
     assert "notice: runner-0 died" in text
     assert "\x1b" not in text
     assert text.isascii()
@@ -191,6 +194,11 @@ def test_a_narrow_screen_has_the_columns_that_fit() -> None:
     referred = StepDone(1, 2, {**steps[8].metrics, "kl_reference": 0.0123})
     assert ", kl ref 1e-02, " in named(referred)  # a log has room for it, a screen has not
     assert "kl ref" not in header(200)
+    assert "eng kl" not in header(119)
+    assert "eng kl" in header(120)
+    assert all(len(aligned(step, 120)) <= 120 for step in steps)
+    only_high = {"clip_high_fraction": 0.02}  # of a loss without a lower bound
+    assert ", clip -/0.020, " in named(StepDone(1, 2, {"groups": 1, **only_high}))
     for width in (80, 120):
         assert aligned(steps[8], width).endswith("  timeout 2")
         assert header(width).index("failures") == aligned(steps[8], width).index("timeout 2")
