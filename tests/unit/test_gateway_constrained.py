@@ -132,3 +132,31 @@ def test_free_answers_have_no_mark(renderer: Renderer) -> None:
     desk.post("v1/chat/completions", {**CHAT, "response_format": {"type": "text"}, **CHAT_TOOL})
     assert desk.engine.requests[0].structure is None
     assert "agl.constrained" not in desk.rows[0]["attributes"]
+
+
+@pytest.mark.parametrize(("action", "fields"), FORCED)
+def test_a_format_beside_a_forced_call_is_checked_and_recorded(
+    renderer: Renderer, action: str, fields: dict[str, Any]
+) -> None:
+    """Agents that have an output type send both when a call is forced: the answer is the call, with no text to be formed."""
+    desk = Desk(renderer, lambda request: says(renderer, calls("1+1")))
+    form = dict(FORMATS)[action]
+    assert desk.post(action, body(action, {**fields, **form})).status_code == 200
+    assert "structural_tag" in (desk.engine.requests[0].structure or {})
+    attributes = desk.rows[0]["attributes"]
+    assert attributes["agl.constrained"] == "tool"
+    assert SCHEMA in _values(attributes["request"]["metadata"])
+    name = next(iter(form))
+    nonsense = {"type": "nonsense"} if name == "response_format" else {"format": {"type": "n"}}
+    found = desk.post(action, body(action, {**fields, name: nonsense}))
+    assert (found.status_code, len(desk.engine.requests)) == (400, 1)
+    assert name in found.json()["error"]["message"]
+    plain = {"type": "text"} if name == "response_format" else {"format": {"type": "text"}}
+    assert desk.post(action, body(action, {**fields, name: plain})).status_code == 200
+    assert desk.rows[1]["attributes"]["request"]["metadata"] == {}
+
+
+def _values(value: Any) -> list[Any]:
+    """All objects in a JSON value."""
+    inner = list(value.values()) if isinstance(value, dict) else []
+    return [value, *(found for one in inner for found in _values(one))]

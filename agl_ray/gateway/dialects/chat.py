@@ -5,7 +5,8 @@ body naming the field; nothing is ignored (contract 8). A null counts as not giv
 `pytest tests/unit/test_gateway_chat.py`.
 
 Of an answer with several tool calls, `parallel_tool_calls: false` shows the first, as vLLM does. Refused on purpose: `top_logprobs` > 0
-(the engine reports the sampled token's logprob only). `response_format` and a forced `tool_choice` are refused in training (constrained.py).
+(the engine reports the sampled token's logprob only). `response_format` and a forced `tool_choice` are refused in training (constrained.py); where
+both are given, the answer is the call, has no text to be formed, and the format is checked and recorded with it.
 `chat_template_kwargs` and `reasoning_effort` go to the model's chat template and are refused where it does not know them. Where the
 run has a reasoning parser, an answer's thoughts are in `reasoning_content` and `reasoning`; either may be sent back.
 """
@@ -129,7 +130,8 @@ def parse(body: bytes) -> CallRequest:
     if options is not None and options.include_obfuscation:
         refuse("stream_options.include_obfuscation", "include_obfuscation is not supported")
     tools, parse_tools, forced = _tools(chat)
-    constraint = forced or wish_for_format(chat.response_format, "response_format")
+    form = wish_for_format(chat.response_format, "response_format")
+    beside = given(response_format=chat.response_format) if forced and form else {}
     template = {
         **(chat.chat_template_kwargs or {}),
         **given(reasoning_effort=chat.reasoning_effort),
@@ -147,9 +149,9 @@ def parse(body: bytes) -> CallRequest:
         include_usage=bool(options and options.include_usage),
         logprobs=bool(chat.logprobs),
         return_token_ids=bool(chat.return_token_ids),
-        metadata={**(chat.metadata or {}), **given(user=chat.user)},
+        metadata={**(chat.metadata or {}), **given(user=chat.user), **beside},
         template=template,
-        constraint=constraint or {},
+        constraint=forced or form or {},
     )
 
 

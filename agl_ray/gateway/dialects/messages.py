@@ -10,7 +10,8 @@ meant for the model. `thinking` switches the template's `enable_thinking`; `adap
 `thread` (conversations that Anthropic keeps) is refused with the error code at which its client sends the whole history instead.
 
 Refused on purpose: tools that run on Anthropic's servers, images and documents, an assistant message at
-the end (prefill). `tool_choice` any and tool and `output_config.format` are refused in training (constrained.py).
+the end (prefill). `tool_choice` any and tool and `output_config.format` are refused in training (constrained.py); where
+both are given, the answer is the call, has no text to be formed, and the format is checked and recorded with it.
 Test alone: `pytest tests/unit/test_gateway_messages.py`.
 """
 
@@ -173,11 +174,12 @@ def _prompt_part(body: CountBody) -> CallRequest:
         refuse_value(
             "thinking.type", f"expected enabled, disabled or adaptive, got {thinking.type!r}"
         )
+    form = wish_for_format(output.format if output else None, "output_config.format")
     wishes = given(
         effort=output.effort if output else None,
         thinking_budget_tokens=thinking.budget_tokens if thinking else None,
+        output_format=output.format if output and forced and form else None,
     )
-    form = wish_for_format(output.format if output else None, "output_config.format")
     messages = conversation(body.messages)
     system = system_text(body.system)
     return CallRequest(

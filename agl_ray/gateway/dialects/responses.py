@@ -9,7 +9,8 @@ parts that no answer here has (`reasoning.encrypted_content`: thoughts are given
 ["message.output_text.logprobs"]` gives the sampled tokens' logprobs. `strict` of a tool promises nothing: calls are sampled free.
 
 Refused on purpose: tools that run at OpenAI, `truncation: auto`, `background`, `conversation`. A forced
-`tool_choice` and a `text.format` are refused in training (constrained.py).
+`tool_choice` and a `text.format` are refused in training (constrained.py); where both are given, the answer is the call, has no text to
+be formed, and the format is checked and recorded with it.
 Test alone: `pytest tests/unit/test_gateway_responses.py`.
 """
 
@@ -140,6 +141,7 @@ def parse(body: bytes) -> CallRequest:
         prompt_cache_key=asked.prompt_cache_key,
         safety_identifier=asked.safety_identifier,
         include=asked.include or None,
+        text_format=asked.text.format if asked.text and forced and form else None,
     )
     previous = asked.previous_response_id
     first = [{"role": "system", "content": asked.instructions}] if asked.instructions else []
