@@ -153,7 +153,10 @@ def test_what_the_template_is_given() -> None:
                         ],
                     },
                 ],
-                tools=[TOOL, {**TOOL, "name": "later", "defer_loading": True}],
+                tools=[
+                    {**TOOL, "allowed_callers": ["direct"], "input_examples": []},
+                    {**TOOL, "name": "later", "defer_loading": True},
+                ],
                 tool_choice={"type": "none"},
                 top_k=0,
                 thinking={"type": "adaptive"},
@@ -253,6 +256,11 @@ def test_counting_tokens_counts_those_of_the_call(renderer: Renderer) -> None:
         ({"tool_choice": {"type": "tool", "name": "calculator"}}, "tool_choice"),
         ({"tools": [{"type": "web_search_20250305", "name": "web_search"}]}, "tools[0].type"),
         ({"tools": [{"name": "f"}]}, "tools[0].input_schema"),
+        ({"tools": [{**TOOL, "input_examples": [{"a": 1}]}]}, "tools[0].input_examples"),
+        (
+            {"tools": [TOOL, {**TOOL, "allowed_callers": ["code_execution_20250825"]}]},
+            "tools[1].allowed_callers",
+        ),
         ({"max_tokens": "many"}, "max_tokens"),
         ({"max_tokens": None}, "max_tokens"),
         ({"messages": []}, "messages"),

@@ -217,6 +217,16 @@ def _tool(tool: Tool, at: str) -> dict[str, Any] | None:
             f"{at}.type",
             f"{at}.type: only tools of the caller's own are supported, got {tool.type!r}",
         )
+    if tool.input_examples:
+        refuse(
+            f"{at}.input_examples",
+            f"{at}.input_examples: chat templates have no place for them; put them into the description",
+        )
+    if tool.allowed_callers not in (None, ["direct"]):
+        refuse(
+            f"{at}.allowed_callers",
+            f"{at}.allowed_callers: only the model calls tools here; expected ['direct'], got {shown(tool.allowed_callers)}",
+        )
     if tool.input_schema is None:
         refuse_value(f"{at}.input_schema", "a tool needs it")
     if tool.defer_loading:
