@@ -259,6 +259,15 @@ def test_a_stream_that_is_cut_is_incomplete(renderer: Renderer) -> None:
         ({"text": {"format": {"type": "json_schema", "schema": 5}}}, "text.format"),
         ({"text": {"verbosity": "low"}}, "text.verbosity"),
         ({"include": ["everything"]}, "include"),
+        ({"stream_options": {"include_obfuscation": False}}, "stream_options"),
+        (
+            {"stream": True, "stream_options": {"include_usage": True}},
+            "stream_options.include_usage",
+        ),
+        (
+            {"stream": True, "stream_options": {"include_obfuscation": True}},
+            "stream_options.include_obfuscation",
+        ),
         ({"truncation": "auto"}, "truncation"),
         ({"background": True}, "background"),
         ({"conversation": "c"}, "conversation"),
@@ -270,6 +279,19 @@ def test_what_is_not_supported_is_refused_by_name(fields: dict[str, Any], param:
         responses.parse(json.dumps(body(**fields)).encode())
     assert caught.value.status == 400
     assert caught.value.param == param
+
+
+def test_what_changes_nothing_is_recorded() -> None:
+    wished = {"effort": "low", "summary": "auto", "generate_summary": "concise"}
+    options = {"stream": True, "stream_options": {"include_obfuscation": False}}
+    asked = body(reasoning=wished, include=["reasoning.encrypted_content"], **options)
+    request = responses.parse(json.dumps(asked).encode())
+    assert request.metadata == {
+        "include": ["reasoning.encrypted_content"],
+        "reasoning_summary": "auto",
+        "reasoning_generate_summary": "concise",
+    }
+    assert request.template == {"reasoning_effort": "low"}
 
 
 def test_errors_are_openais(renderer: Renderer) -> None:

@@ -4,7 +4,8 @@ written in responses_answer.py and responses_stream.py.
 Called by: `agl_ray/gateway/http.py`. `previous_response_id` goes on from an earlier answer of the same attempt and role, with that
 call's conversation but without its `instructions`; what was asked for with `store: false` cannot be named. The state is the attempt's
 recorded calls, so it outlives the gateway process. Every field acts or is refused by name, with these exceptions, which are recorded
-with the call and cannot change an answer here: `prompt_cache_key`, `safety_identifier`, `user`, and in `include` whatever asks for
+with the call and cannot change an answer here: `prompt_cache_key`, `safety_identifier`, `user`, `reasoning.summary` and
+`reasoning.generate_summary` (thoughts are given whole), and in `include` whatever asks for
 parts that no answer here has (`reasoning.encrypted_content`: thoughts are given in the open). `include:
 ["message.output_text.logprobs"]` gives the sampled tokens' logprobs. `strict` of a tool promises nothing: calls are sampled free.
 
@@ -22,7 +23,6 @@ import msgspec
 
 from agl_ray.gateway.canonical import CallRequest
 from agl_ray.gateway.constrained import wish_for_format, wish_for_tool
-from agl_ray.gateway.dialects.chat import StreamOptions
 from agl_ray.gateway.dialects.responses_items import conversation
 from agl_ray.gateway.dialects.strict import (
     OnlyValues,
@@ -67,6 +67,10 @@ class Reasoning(Strict, frozen=True):
     effort: str | None = None
     summary: str | None = None
     generate_summary: str | None = None
+
+
+class StreamOptions(Strict, frozen=True):
+    include_obfuscation: bool | None = None
 
 
 class Body(Strict, frozen=True, kw_only=True):
@@ -127,6 +131,8 @@ def parse(body: bytes) -> CallRequest:
     asked = read(_decoder, body)
     only(asked, _ONLY)
     _check_text(asked.text)
+    if asked.stream_options is not None and not asked.stream:
+        refuse("stream_options", "stream_options is only allowed when stream is true")
     if asked.stream_options is not None and asked.stream_options.include_obfuscation:
         refuse("stream_options.include_obfuscation", "include_obfuscation is not supported")
     for name in asked.include or []:
@@ -141,6 +147,8 @@ def parse(body: bytes) -> CallRequest:
         prompt_cache_key=asked.prompt_cache_key,
         safety_identifier=asked.safety_identifier,
         include=asked.include or None,
+        reasoning_summary=asked.reasoning.summary if asked.reasoning else None,
+        reasoning_generate_summary=asked.reasoning.generate_summary if asked.reasoning else None,
         text_format=asked.text.format if asked.text and forced and form else None,
     )
     previous = asked.previous_response_id
