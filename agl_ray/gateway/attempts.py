@@ -145,9 +145,13 @@ class Attempts:
             finally:
                 del lock  # or an error's traceback would keep it
         live = self._live[key]
-        await self._still_live(path, live)
+        live.open_calls += 1  # first: what is asked after may not be forgotten meanwhile
+        try:
+            await self._still_live(path, live)
+        except BaseException:
+            live.open_calls -= 1
+            raise
         live.used, live.patience = self._now(), SILENT_SECONDS
-        live.open_calls += 1
         return live
 
     async def _still_live(self, path: CallPath, live: Live) -> None:

@@ -13,7 +13,7 @@ from agl_ray.gateway.attempts import Attempts
 from agl_ray.gateway.caller import CallPath
 from agl_ray.gateway.canonical import Refusal
 from agl_ray.store import LightningStore, StoreCore
-from agl_ray.types import LLM, EndReason
+from agl_ray.types import LLM, EndReason, replace
 
 
 @pytest.mark.parametrize("number", [3, 11])
@@ -91,3 +91,36 @@ def test_calls_that_wait_while_a_resolution_fails_resolve_one_after_another() ->
 
     asyncio.run(run())
     assert len(held._resolving) == 0
+
+
+def test_an_attempt_is_not_forgotten_while_a_call_of_it_waits_for_the_store() -> None:
+    """Or its next call would find another conversation than the one that this call goes on with."""
+    clock, store, asking, go = [0.0], FakeStore(), asyncio.Event(), asyncio.Event()
+    held = Attempts(store, 5.0, 900.0, now=lambda: clock[0])
+    path, latest = CallPath("ro-1", "at-1"), store.get_latest_attempt
+
+    async def slow(rollout_id: str) -> Any:
+        asking.set()
+        await go.wait()
+        return await latest(rollout_id)
+
+    async def run() -> None:
+        (await held.open(path)).open_calls -= 1
+        clock[0] = 899.0
+        held._swept = 899.0  # just now
+        store.get_latest_attempt = slow  # type: ignore[method-assign]
+        call = asyncio.create_task(held.open(path))
+        await asking.wait()
+        clock[0] = 905.0
+        another = asyncio.create_task(held.open(path))
+        await asyncio.sleep(0)
+        go.set()
+        assert await call is await another
+        assert (await call).open_calls == 2
+        store.attempt = replace(store.attempt, attempt_id="at-2")
+        clock[0] = 910.0
+        with pytest.raises(Refusal, match="not the live one"):
+            await held.open(path)
+        assert (await call).open_calls == 2
+
+    asyncio.run(run())
