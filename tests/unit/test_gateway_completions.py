@@ -169,6 +169,10 @@ def test_a_stream(renderer: Renderer) -> None:
         ({"suffix": "s"}, "suffix"),
         ({"logprobs": 5}, "logprobs"),
         ({"stream_options": {"include_usage": True}}, "stream_options"),
+        (
+            {"stream": True, "stream_options": {"include_obfuscation": True}},
+            "stream_options.include_obfuscation",
+        ),
         ({"stop": 5}, "stop"),
     ],
 )

@@ -78,6 +78,8 @@ def parse(body: bytes) -> CallRequest:
     options = asked.stream_options
     if options is not None and not asked.stream:
         refuse("stream_options", "stream_options is only allowed when stream is true")
+    if options is not None and options.include_obfuscation:
+        refuse("stream_options.include_obfuscation", "include_obfuscation is not supported")
     if asked.best_of not in (None, several(asked.n)):
         refuse("best_of", "best_of: expected the same as n, since no answer is thrown away")
     stop = [asked.stop] if isinstance(asked.stop, str) else asked.stop
