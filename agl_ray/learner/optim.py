@@ -82,14 +82,19 @@ def apply_gradients(
         for role, trained in lora.parts(model).items()
     }
     for role, norm in norms.items():
-        if not torch.isfinite(norm):  # clipping by it has made every gradient nan
-            raise RunError(
-                f"{of}{'' if role is None else f' (role {role})'}: expected a finite gradient norm, got {norm.item()}; no weight was changed by this "
-                "update. Take a smaller learning rate, or look at the rows, rewards and log-probabilities of this step, and go on from "
-                "the newest checkpoint (--resume)"
-            )
+        check_norm(norm.item(), of if role is None else f"{of} (role {role})")
     for group in optimizer.param_groups:
         group["lr"] = lr
     optimizer.step()
     optimizer.zero_grad(set_to_none=True)
     return norms
+
+
+def check_norm(norm: float, of: str) -> None:
+    """RunError where the norm of an update's gradients before clipping is not finite; the update must not have moved a weight, or not move
+    one. of: whose gradients they are."""
+    if not math.isfinite(norm):  # clipping by it has made every gradient nan
+        raise RunError(
+            f"{of}: expected a finite gradient norm, got {norm}; no weight was changed by this update. Take a smaller learning rate, or look at "
+            "the rows, rewards and log-probabilities of this step, and go on from the newest checkpoint (--resume)"
+        )

@@ -82,7 +82,7 @@ class VerlLearner:
     # --- one step ------------------------------------------------------------------------------
 
     def train(self, payload: Payload) -> dict[str, float]:
-        """Version k to version k + 1. RunError where the payload is not for the next version."""
+        """Version k to version k + 1. RunError where the payload is not for the next version, or a gradient norm is not finite."""
         if payload.step != self.version + 1:
             raise RunError(
                 f"training step {payload.step}: expected step {self.version + 1}, since the learner holds weight version "
@@ -143,11 +143,11 @@ class VerlLearner:
             group["lr"] = optim.learning_rate(self.config, self.updates, self.share)
         with totals.timed("forward_backward"), self.engine.train_mode():
             output = self.engine.train_batch(batch, self.loss)
+        totals.add_update(output, f"training step {self.version + 1}, policy")
         self.updates += 1
         said = output["model_output"]
         now = token_values(said["log_probs"], rows)
         entropy = token_values(said["entropy"], rows) if "entropy" in said else None
-        totals.add_update(output)
         versions = torch.from_numpy(rows.columns["versions"])
         totals.add_tokens(_inputs(rows, now, old, entropy), versions, self.version)
         totals.add_ratio(now - seen.old_logprobs, seen.weights, cut)

@@ -17,7 +17,7 @@ import torch
 
 from agl_ray.algorithms.base import LossInputs
 from agl_ray.algorithms.kl import estimate
-from agl_ray.learner import fsdp
+from agl_ray.learner import fsdp, optim
 from agl_ray.learner.totals import UNSEEN, said
 
 VERLS_OWN = ("pg_clipfrac", "pg_clipfrac_lower", "ppo_kl")
@@ -47,11 +47,16 @@ class StepTotals:
         yield
         self.seconds[phase] += time.perf_counter() - started
 
-    def add_update(self, output: Mapping[str, Any]) -> None:
-        """What verl's train_batch returned: a loss per micro-batch, times the number of ranks; its own metrics; the norm before clipping."""
-        self._add("loss", sum(output["loss"]) / self.world_size)
+    def add_update(self, output: Mapping[str, Any], of: str) -> None:
+        """What verl's train_batch returned: a loss per micro-batch, times the number of ranks; its own metrics; the norm before clipping.
+
+        of: whose update it was, for messages. RunError on every rank where the norm is not finite: verl prints a warning, leaves the update out
+        and goes on."""
         metrics = output["metrics"]
-        self.norms.append(float(metrics["grad_norm"]))
+        norm = float(metrics["grad_norm"])
+        optim.check_norm(norm, of)
+        self.norms.append(norm)
+        self._add("loss", sum(output["loss"]) / self.world_size)
         for name in VERLS_OWN:
             found = metrics.get(f"actor/{name}")
             if found is not None:

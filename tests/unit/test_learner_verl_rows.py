@@ -91,7 +91,7 @@ def test_metrics_compare_with_the_engine_on_tokens_of_the_current_version() -> N
     totals = StepTotals(1, "cpu")
     totals.add_tokens(inputs, torch.from_numpy(got.columns["versions"]), 1)
     totals.add_ratio(nothing, weights, torch.tensor([1, 1, 1, 1, 0, 0, 0, 0]))
-    totals.add_update({"loss": [0.25, 0.5], "metrics": {"grad_norm": 2.0}})
+    totals.add_update({"loss": [0.25, 0.5], "metrics": {"grad_norm": 2.0}}, "step 1")
     made = totals.metrics(1)
     assert (made["tokens_trained"], made["tokens_current"]) == (4, 3)
     assert (made["max_logprob_diff"], made["max_token_age"]) == (0.5, 1)
@@ -103,3 +103,12 @@ def test_metrics_compare_with_the_engine_on_tokens_of_the_current_version() -> N
     later.add_tokens(inputs, torch.from_numpy(got.columns["versions"]), 9)
     assert not {"engine_kl", "max_logprob_diff"} & later.metrics(1).keys()
     assert not {"entropy", "max_token_age"} & StepTotals(1, "cpu").metrics(0).keys()
+
+
+@pytest.mark.parametrize("norm", [float("nan"), float("inf")])
+def test_a_norm_that_is_no_number_ends_the_step(norm: float) -> None:
+    totals = StepTotals(1, "cpu")
+    output = {"loss": [0.25], "metrics": {"grad_norm": norm}}
+    text = r"^training step 3, policy: expected a finite gradient norm, got (nan|inf); no weight was changed by this update\."
+    with pytest.raises(RunError, match=text):
+        totals.add_update(output, "training step 3, policy")

@@ -9,6 +9,7 @@ import subprocess
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 import pytest
 import torch
 from learner_data import model_folder, random_batch
@@ -138,6 +139,13 @@ class Ran:
     def steps(self, algorithm: AlgorithmConfig, first: int = 1, last: int = 2) -> Any:
         return payloads(algorithm, self.config, verl=True, steps=range(first, last + 1))
 
+    def without_a_number(self, algorithm: AlgorithmConfig) -> Any:
+        """A step in which one rank has advantages of nan."""
+        steps = self.steps(algorithm, 1, 1)
+        for micro in steps[0][-1].updates[0].micros:
+            micro.columns["advantages"].fill(np.nan)
+        return steps
+
     def with_files(self) -> list[Case]:
         grpo, plain, saved = AlgorithmConfig(), self.models["plain"], self.out / "step-1"
         ours = Learner(grpo, LEARNER, plain)
@@ -156,6 +164,7 @@ class Ran:
                 export=self.out / "export",
             ),
             Case("several", plain, grpo, several, payloads(grpo, several, verl=True)),
+            Case("no number", plain, grpo, self.config, self.without_a_number(grpo)),
         ]
 
 
@@ -231,3 +240,14 @@ def test_several_updates_of_a_batch_move_the_policy_and_clip(ran: Ran) -> None:
         assert metrics["kl_old"] > 0
         assert metrics["ratio_mean"] != 1
         assert metrics["pg_clipfrac"] > 0
+
+
+def test_a_gradient_that_is_no_number_ends_the_step_and_moves_nothing(ran: Ran) -> None:
+    """On every rank, also where the rows are sound; verl itself goes on."""
+    base = dict(Learner(AlgorithmConfig(), LEARNER, ran.models["plain"]).full_state())
+    for rank in ran.ranks:
+        got = rank["no number"]
+        assert "training step 1, policy: expected a finite gradient norm, got nan" in got["error"]
+        assert got["version"] == 0
+    for name, tensor in ran.ranks[0]["no number"]["state"]:
+        assert torch.equal(tensor, base[name]), name

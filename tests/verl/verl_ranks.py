@@ -18,6 +18,7 @@ from agl_ray.config.models import LearnerConfig
 from agl_ray.learner import fsdp
 from agl_ray.learner.prepare import Payload
 from agl_ray.learner.verl_engine import VerlLearner
+from agl_ray.types import RunError
 
 
 @dataclass(frozen=True)
@@ -41,7 +42,10 @@ def run(case: Case, rank: int) -> dict[str, Any]:
             learner.load(case.load)
         except ValueError as error:
             return {"error": str(error)}
-    metrics = [learner.train(payloads[rank]) for payloads in case.payloads]
+    try:
+        metrics = [learner.train(payloads[rank]) for payloads in case.payloads]
+    except RunError as error:
+        return {"error": str(error), "state": learner.full_state(), "version": learner.version}
     if case.save is not None:
         learner.save(case.save)
     if case.export is not None:
