@@ -37,6 +37,15 @@ def runtime_env(config: LearnerConfig) -> dict[str, Any]:
     return made
 
 
+def setup_seconds(config: RunConfig) -> float:
+    """Deadline of the ranks' `setup`. A teacher is checked in it; that wait must end first, since it names the teacher."""
+    if config.algorithm.teacher is None:
+        return START
+    from agl_ray.learner.teacher import CHECK_SECONDS
+
+    return START + CHECK_SECONDS
+
+
 class LearnerLost(RunError):
     """A learner rank died or its collective was aborted; the group must be made again."""
 
@@ -101,7 +110,7 @@ class LearnerGroup:
             for rank in range(settings.world_size)
         ]
         host, port = await self._one(self.rank0.address.remote(), "learner rank 0's address", START)
-        await self._all("setup", host, port, seconds=START)
+        await self._all("setup", host, port, seconds=setup_seconds(self.config))
 
     async def _check_environments(self, folder: str) -> None:
         """On the node of each rank; ConfigError says what is wrong with the environment there."""

@@ -14,6 +14,8 @@ from aiohttp import web
 from learner_data import VOCABULARY, model_folder
 from tokenizers import Tokenizer
 
+from actors.learner_group import START, setup_seconds
+from agl_ray.config import RunConfig
 from agl_ray.config.teacher import TeacherConfig
 from agl_ray.learner import teacher as module
 from agl_ray.learner.teacher import Scores, Teacher
@@ -328,3 +330,15 @@ def test_a_teacher_that_is_not_there_is_named(
     config = TeacherConfig(base_url="http://127.0.0.1:9/v1", model="large")
     with pytest.raises(WaitTimeout, match=r"teacher large at http://127\.0\.0\.1:9/v1 to be check"):
         asyncio.run(Teacher(config, 64).check(folder))
+
+
+def test_the_ranks_wait_for_longer_than_the_check_so_that_the_teacher_is_named() -> None:
+    plain = RunConfig.model_validate({"model": {"path": "m"}})
+    with_teacher = RunConfig.model_validate(
+        {
+            "model": {"path": "m"},
+            "algorithm": {"name": "opd", "teacher": {"base_url": "http://h/v1", "model": "large"}},
+        }
+    )
+    assert setup_seconds(plain) == START
+    assert setup_seconds(with_teacher) == START + module.CHECK_SECONDS
