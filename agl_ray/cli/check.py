@@ -64,7 +64,8 @@ def show(finding: Finding) -> None:
 
 
 def config_findings(config: RunConfig, base: Path) -> Iterator[Finding]:
-    """What the configuration names: cluster, model, data, agent, algorithm, judge, roles. Each failure is that part's own paragraph."""
+    """What the configuration names: cluster, model, data, agent, algorithm, verl's environment, judge, roles. Each failure is that part's own
+    paragraph."""
     yield attempt("cluster", lambda: _cluster(config))
     yield attempt("model", lambda: _model(config, base))
     for key, source in (("data.train", config.data.train), ("data.val", config.data.val)):
@@ -75,6 +76,8 @@ def config_findings(config: RunConfig, base: Path) -> Iterator[Finding]:
         yield attempt("reference", lambda: _reference(config, base))
     if config.algorithm.teacher is not None:
         yield attempt("teacher", lambda: _teacher(config, base))
+    if config.learner.backend == "verl":
+        yield attempt("learner.verl_env", lambda: _verl_environment(config, base))
     if config.judge.on:
         yield attempt("judge", lambda: _judge(config, base))
     if config.roles:
@@ -141,6 +144,18 @@ def _teacher(config: RunConfig, base: Path) -> str:
         return asyncio.run(teacher.check(find(config.model.path, base) or Path(config.model.path)))
     except WaitTimeout as error:
         raise InputError(str(error)) from error
+
+
+def _verl_environment(config: RunConfig, base: Path) -> str:
+    from actors.ray_cluster import cluster_address
+    from agl_ray.config.verl import located_environment
+    from agl_ray.learner.verl_env import TESTED, check_environment
+
+    folder = located_environment(config.learner, base).verl_env
+    if cluster_address(config) is not None:
+        return f"{folder}: looked at on the learner's own nodes when a run starts"
+    check_environment(folder)
+    return f"verl {TESTED} in {folder}"
 
 
 def _roles(config: RunConfig, base: Path) -> str:

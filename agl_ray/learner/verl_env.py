@@ -1,7 +1,7 @@
 """The Python environment that learner ranks of `learner.backend: verl` run in, looked at before anything is started in it.
 
 verl asks for an older transformers than vLLM, so it has an environment of its own (`make venv-verl`), into which Ray starts the ranks. Ray
-joins only processes of one Python and one Ray. Called by actors/session.py (a local Ray) and, on the learner's own nodes, by
+joins only processes of one Python and one Ray. Called by actors/session.py and cli/check.py (a local Ray) and, on the learner's own nodes, by
 actors/learner_group.py. Needs nothing but the standard library and Ray. Test it alone with tests/unit/test_learner_verl_env.py.
 """
 
@@ -58,18 +58,28 @@ def check_environment(folder: str) -> None:
 
 def _probe(folder: str) -> dict[str, str | bool | None]:
     python = python_of(folder)
-    if not python.is_file():
-        raise ConfigError(
-            f"learner.verl_env {folder}: expected a Python environment ({python}), found none; {ADVICE}"
-        )
     try:
         done = subprocess.run(
-            [str(python), "-c", PROBE], capture_output=True, text=True, timeout=SECONDS, check=True
+            [str(python), "-c", PROBE],
+            capture_output=True,
+            text=True,
+            errors="replace",
+            timeout=SECONDS,
+            check=True,
         )
-    except (OSError, subprocess.SubprocessError) as error:
-        said = getattr(error, "stderr", None) or str(error)
+        found: dict[str, str | bool | None] = json.loads(done.stdout)
+    except FileNotFoundError as error:
         raise ConfigError(
-            f"learner.verl_env {folder}: expected a Python environment, but {python} does not run: {said.strip()[-300:]}; {ADVICE}"
+            f"learner.verl_env {folder}: expected a Python environment ({python}), found none; {ADVICE}"
         ) from error
-    found: dict[str, str | bool | None] = json.loads(done.stdout)
+    except subprocess.TimeoutExpired as error:
+        raise _does_not_run(folder, f"no answer within {SECONDS:g} s") from error
+    except (OSError, subprocess.SubprocessError, ValueError) as error:
+        raise _does_not_run(folder, getattr(error, "stderr", None) or str(error)) from error
     return found
+
+
+def _does_not_run(folder: str, why: str) -> ConfigError:
+    return ConfigError(
+        f"learner.verl_env {folder}: expected a Python environment, but {python_of(folder)} does not run: {why.strip()[-300:]}; {ADVICE}"
+    )

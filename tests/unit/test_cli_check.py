@@ -2,11 +2,15 @@
 
 from __future__ import annotations
 
+import json
+import sys
+from importlib.metadata import version
 from pathlib import Path
 
 import pytest
 
 from agl_ray.cli import main
+from agl_ray.learner.verl_env import TESTED
 
 CONFIG = """\
 agent: agent.py:calculator
@@ -75,3 +79,42 @@ def test_a_model_folder_without_tokenizer(folder: Path, capsys: pytest.CaptureFi
     (folder / "model" / "tokenizer.json").unlink()
     assert main(["check", "small.yaml"]) == 2
     assert "no tokenizer" in capsys.readouterr().out
+
+
+def environment(folder: Path, verl: str) -> None:
+    """One whose `python` says that it is like here, with this version of verl."""
+    here = {"python": sys.version.split()[0], "ray": version("ray"), "agl_ray": True}
+    python = folder / "bin" / "python"
+    python.parent.mkdir(parents=True, exist_ok=True)
+    python.write_text(f"#!/bin/sh\necho '{json.dumps({**here, 'verl': verl})}'\n")
+    python.chmod(0o755)
+
+
+def verl_line(capsys: pytest.CaptureFixture[str]) -> str:
+    """What is said of verl's environment."""
+    out = capsys.readouterr().out
+    return next(line for line in out.splitlines() if "learner.verl_env" in line)
+
+
+def test_the_environment_of_verl(
+    folder: Path, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    verl = ["learner.backend=verl", "learner.verl_env=env"]
+    assert main(["check", "small.yaml", *verl]) == 2
+    line = verl_line(capsys)
+    assert line.startswith("problem")
+    assert "found no env; " in line
+    assert "Make it with `make venv-verl`" in line
+    environment(folder / "env", verl="0.8.0")
+    assert main(["check", "small.yaml", *verl]) == 2
+    assert f"expected verl {TESTED}, got 0.8.0; make it with `make venv-verl`" in verl_line(capsys)
+    environment(folder / "env", verl=TESTED)
+    assert main(["check", "small.yaml", *verl]) == 0
+    assert f"verl {TESTED} in {folder / 'env'}" in verl_line(capsys)
+    assert main(["check", "small.yaml"]) == 0
+    assert "learner.verl_env" not in capsys.readouterr().out
+    # It has to be on the nodes of the learner, of which this machine may be none.
+    monkeypatch.setattr("actors.ray_cluster.check_reachable", lambda address: None)
+    verl = ["learner.backend=verl", "learner.verl_env=/on/the/nodes", "cluster.address=h:1"]
+    assert main(["check", "small.yaml", *verl]) == 0
+    assert "/on/the/nodes: looked at on the learner's own nodes" in verl_line(capsys)

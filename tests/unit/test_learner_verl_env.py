@@ -59,6 +59,21 @@ def test_none_and_one_that_does_not_run_are_refused(tmp_path: Path) -> None:
     broken = environment(tmp_path / "broken", "echo no such library >&2; exit 3")
     with pytest.raises(ConfigError, match="does not run: no such library"):
         check_environment(broken)
+    chatty = environment(tmp_path / "chatty", "echo welcome")
+    with pytest.raises(ConfigError, match=r"chatty/bin/python does not run: Expecting value"):
+        check_environment(chatty)
+    (tmp_path / "locked" / "bin" / "python").mkdir(parents=True)
+    with pytest.raises(ConfigError, match=r"does not run: .*Permission denied.*make venv-verl"):
+        check_environment(str(tmp_path / "locked"))
+
+
+def test_one_that_says_nothing_in_time_is_refused(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr("agl_ray.learner.verl_env.SECONDS", 0.1)
+    silent = environment(tmp_path, "exec sleep 600")
+    with pytest.raises(ConfigError, match=r"does not run: no answer within 0\.1 s; make it"):
+        check_environment(silent)
 
 
 def test_the_probe_reads_a_real_environment() -> None:
