@@ -46,7 +46,7 @@ from agl_ray.config.agent import CommandConfig
 from agl_ray.config.imports import load_object
 from agl_ray.spans import KIND_SPAN
 from agl_ray.tracing import current_recorder
-from agl_ray.types import LLM, AttemptedRollout, InputError, NamedResources, Rollout
+from agl_ray.types import AttemptedRollout, InputError, NamedResources, Rollout
 
 COMMAND_SPAN = "agl_ray.command"
 LONGEST_TASK = 100_000  # bytes: Linux takes no variable of more than 128 KiB
@@ -196,7 +196,7 @@ class CommandAgent(LitAgent[Any]):
         found |= {name: str(value) for name, value in known.items() if value is not None}
         mapped = {**_asked_over_http(rollout), **self.env_map}
         found |= {name: _field(name, path, rollout.input) for name, path in mapped.items()}
-        return found | _endpoint(resources, ctx) | _three(ctx) | self.env
+        return found | _endpoint(ctx) | _three(ctx) | self.env
 
 
 class _Watched(asyncio.subprocess.SubprocessStreamProtocol):
@@ -221,10 +221,9 @@ def agent_of(key: str | CommandConfig, base: Path) -> LitAgent:
     return agent
 
 
-def _endpoint(resources: NamedResources, ctx: RolloutContext) -> dict[str, str]:
-    """What `ctx.llm()` gives, else the first LLM, for the clients of two makers."""
-    first = next((one for one in resources.values() if isinstance(one, LLM)), None)
-    llm = ctx.llms.get("", first)
+def _endpoint(ctx: RolloutContext) -> dict[str, str]:
+    """What `ctx.llm()` gives, for the clients of two makers; nothing where the rollout has no LLM."""
+    llm = ctx.llms.get("")
     if llm is None:
         return {}
     key = llm.api_key or "none"

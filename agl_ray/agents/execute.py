@@ -68,7 +68,8 @@ def context_of(
     resources: NamedResources,
     host: Host = NO_HOST,
 ) -> RolloutContext:
-    """The context object of an attempt; step, group index and weight version come from the rollout's metadata."""
+    """The context object of an attempt; step, group index and weight version come from the rollout's metadata. InputError where that names an
+    LLM resource that is not there."""
     metadata = attempt.rollout.metadata
     return RolloutContext(
         rollout_id=attempt.rollout_id,
@@ -103,9 +104,9 @@ async def run_agent(
     Tasks that an agent leaves behind end with its attempt, too (`AttemptTasks.stop_own`). OK without a reward: it
     gave none itself (`outcome.settled`).
     """
-    ctx = context_of(attempt, timeout_seconds, resources, host)
     apart = place is not Place.HERE
     try:
+        ctx = context_of(attempt, timeout_seconds, resources, host)
         own = agent.fresh()
         around = Hooks(hooks, own, HookRunner(host.worker_id, ctx), attempt, recorder, apart=apart)
         work = _work(own, attempt, resources_for(attempt, resources), ctx, recorder, around, place)

@@ -3,12 +3,13 @@
 from __future__ import annotations
 
 import asyncio
+import re
 from typing import Any
 
 import pytest
 
 import agl_ray as agl
-from agl_ray.agents.execute import run_agent
+from agl_ray.agents.execute import Place, run_agent
 from agl_ray.agents.roles import endpoints
 from agl_ray.tracing import SpanRecorder
 from agl_ray.types import Attempt, AttemptedRollout, EndReason, InputError, NamedResources, Rollout
@@ -94,3 +95,36 @@ def test_everybody_gets_the_llm_that_the_metadata_names() -> None:
         assert seen == {"injected": expected, "asked for": expected}
         outcome = asyncio.run(run_agent(program, given, resources, recorder, 20.0))
         assert f"{expected} {url}" in str(outcome.error)  # as a reward it is none
+
+
+@pytest.mark.parametrize("named", ["main", "", 7, ["main_llm"], "prompt"])
+def test_a_resource_that_is_no_llm_of_the_rollout_is_refused(named: Any) -> None:
+    template = agl.PromptTemplate(template="{x}", engine="f-string")
+    resources: NamedResources = {"main_llm": LLM, "b": LLM, "prompt": template}
+    refusal = (
+        r"rollout ro-1: expected metadata\['resource'\] to name one of its LLM resources \(b, main_llm\), "
+        rf"got {re.escape(repr(named))}; "
+    )
+    with pytest.raises(InputError, match=refusal):
+        endpoints(attempt(resource=named), resources)
+    with pytest.raises(InputError, match=r"\(there are none\), got"):
+        endpoints(attempt(resource=named), {"prompt": template})
+    assert endpoints(attempt(resource=None), resources)[""].model == "main"
+
+
+@pytest.mark.parametrize("place", [*Place])
+def test_an_attempt_with_a_resource_that_is_not_there_ends_before_its_agent_begins(
+    place: Place,
+) -> None:
+    begun = []
+
+    @agl.rollout
+    def agent(task: int, llm: agl.LLM) -> float:
+        begun.append(llm)
+        return 1.0
+
+    recorder = SpanRecorder("ro-1", "at-1")
+    given = (agent, attempt(resource="mian"), {"main": LLM}, recorder, 60.0)
+    outcome = asyncio.run(run_agent(*given, place=place))
+    assert (outcome.reason, outcome.reward, begun) == (EndReason.AGENT_ERROR, None, [])
+    assert "LLM resources (main), got 'mian'" in (outcome.error or "")
