@@ -9,6 +9,7 @@ Test it alone: tests/unit/test_learner_sft_run.py, tests/integration/test_sft_ra
 
 from __future__ import annotations
 
+import hashlib
 import json
 import os
 import shutil
@@ -19,6 +20,8 @@ from contextlib import nullcontext
 from dataclasses import asdict, dataclass, field
 from pathlib import Path
 from typing import Any, Literal
+
+import numpy as np
 
 from agl_ray.config.logging import LoggingConfig
 from agl_ray.config.lora import LoraConfig
@@ -42,7 +45,7 @@ class SFTJob:
     """What to do. model: a Hugging Face folder. rows, held_out: to train on, and to measure the loss on (None: not measured). facts: what
     the summary says of the data. lora: train adapters, None: all weights. merged: with adapters, export the merged model too.
     gradient_checkpointing: as the learner's (learner/recompute.py); it changes no weight, so that a resumed job may have it or not.
-    val_every, checkpoint_every: in updates; 0 = only at the end."""
+    rows_sha256: of the rows, made from them once. val_every, checkpoint_every: in updates; 0 = only at the end."""
 
     model: Path
     output: Path
@@ -60,11 +63,19 @@ class SFTJob:
     checkpoint_every: int = 100
     resume: bool = False
     writers: LoggingConfig = field(default_factory=LoggingConfig)
+    rows_sha256: str = field(init=False)
+
+    def __post_init__(self) -> None:
+        object.__setattr__(self, "rows_sha256", _sha256(self.rows))
 
     @property
     def settings(self) -> dict[str, Any]:
-        """All that decides which weights come out, and the size of the data; of a resumed job it must be the same."""
-        rows = {"rows": len(self.rows), "tokens": int(self.rows.lengths.sum())}
+        """All that decides which weights come out, the data by their size and digest; of a resumed job it must be the same."""
+        rows = {
+            "rows": len(self.rows),
+            "tokens": int(self.rows.lengths.sum()),
+            "rows_sha256": self.rows_sha256,
+        }
         told = {"model": str(self.model.resolve()), **asdict(self.config), "dtype": self.dtype}
         lora = None if self.lora is None else self.lora.model_dump()
         plain: dict[str, Any] = json.loads(json.dumps({**told, **rows, "lora": lora}))
@@ -84,6 +95,14 @@ class SFTJob:
             "export": str(model) if self.merged else None,
             "adapter": None if self.lora is None else str(model / ADAPTER_FOLDER),
         }
+
+
+def _sha256(rows: Rows) -> str:
+    """Of ids, lengths and weights in their order; the same on every machine."""
+    digest = hashlib.sha256()
+    for array, form in ((rows.ids, "<i4"), (rows.lengths, "<i8"), (rows.weights, "<f4")):
+        digest.update(np.ascontiguousarray(array, form).data)
+    return digest.hexdigest()
 
 
 def run(job: SFTJob) -> dict[str, Any]:
@@ -138,9 +157,14 @@ def _claim(job: SFTJob) -> None:
         )
     before = json.loads(path.read_text())
     for key, value in job.settings.items():
-        if before.get(key) != value:
+        if key not in before:
             raise InputError(
-                f"--resume: {key} was {before.get(key)!r} and is {value!r} now; a fine-tuning goes on with the settings and data that it "
+                f"--resume: expected {key} in {path}, found none: another version of agl-ray began this fine-tuning, and whether the settings and data are "
+                "still the same cannot be seen; finish it with that version, or begin anew in another --output"
+            )
+        if before[key] != value:
+            raise InputError(
+                f"--resume: {key} was {before[key]!r} and is {value!r} now; a fine-tuning goes on with the settings and data that it "
                 "was begun with"
             )
 

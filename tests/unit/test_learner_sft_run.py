@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import pickle
 import subprocess
 import sys
 from dataclasses import replace
@@ -111,6 +112,34 @@ def test_a_killed_fine_tuning_goes_on_as_if_nothing_had_happened(
         run(replace(broken, resume=True))
     with pytest.raises(InputError, match="no fine-tuning to go on with"):
         run(replace(broken, resume=True, output=tmp_path / "nothing"))
+
+
+def test_other_data_of_the_same_size_are_refused_by_name(job: SFTJob) -> None:
+    ids, weights = job.rows.ids.copy(), job.rows.weights.copy()
+    ids[3] += 1
+    weights[np.flatnonzero(weights)[0]] = 0.5
+    turned = job.rows.take(np.arange(len(job.rows))[::-1])
+    others = [replace(job.rows, ids=ids), replace(job.rows, weights=weights), turned]
+    sft_run._claim(job)
+    for rows in others:
+        assert rows.lengths.sum() == job.rows.lengths.sum()
+        with pytest.raises(
+            InputError, match=r"--resume: rows_sha256 was '\w{64}' and is '\w{64}' now"
+        ):
+            sft_run._claim(replace(job, resume=True, rows=rows))
+    sft_run._claim(replace(job, resume=True, rows=made_rows(0, 16)))
+    assert pickle.loads(pickle.dumps(job)).settings == job.settings
+
+
+def test_one_whose_settings_do_not_tell_the_data_is_refused(job: SFTJob) -> None:
+    sft_run._claim(job)
+    path = job.output / "sft.json"
+    told = {name: value for name, value in job.settings.items() if name != "rows_sha256"}
+    path.write_text(json.dumps(told))
+    with pytest.raises(
+        InputError, match=r"expected rows_sha256 in .*sft\.json, found none: another version"
+    ):
+        run(replace(job, resume=True))
 
 
 def gradient(model_path: Path, rows: Rows, tokens: int) -> Any:
