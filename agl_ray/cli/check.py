@@ -173,9 +173,11 @@ def _logging(config: RunConfig) -> str:
     return ", ".join(config.logging.writers) or "no writers besides metrics.jsonl"
 
 
-def _rows(config: RunConfig, source: str, base: Path) -> str:
+def _rows(config: RunConfig, source: str | None, base: Path) -> str:
     from agl_ray.config import load_rows
 
+    if source is None:
+        return "none named: they are given in Python, Trainer.fit(agent, train, val)"
     rows: list[Any] = load_rows(source, config.seed, config.data.fields, base)
     return f"{len(rows)} rows from {source}"
 

@@ -47,6 +47,9 @@ def test_all_well(folder: Path, capsys: pytest.CaptureFixture[str]) -> None:
     assert "m at http://h/v1" in capsys.readouterr().out
     assert main(["check", "small.yaml", "roles={a: train, b: {kind: frozen, model: model}}"]) == 0
     assert "a: train, b: frozen" in capsys.readouterr().out
+    # A run from Python: Trainer.fit has the rows and the agent.
+    assert main(["check", "small.yaml", "data={train: null, val: null}", "agent=null"]) == 0
+    assert capsys.readouterr().out.count("none named: ") == 3
 
 
 @pytest.mark.parametrize(
