@@ -159,7 +159,7 @@ class Ownership:
         except StoreError:
             await self._check_token()
             await self._end_ghost()  # our own old connection, which the server has not given up yet
-            await self._lock(LOCK_SECONDS)
+            await self._lock(RESTART_LOCK_SECONDS)
         await self._check_token()
 
     async def _check_token(self) -> None:
