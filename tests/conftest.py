@@ -22,7 +22,9 @@ os.environ["PYTHONPATH"] = os.pathsep.join(
 )
 
 # No test is timed: on a busy machine the clock of an example says nothing. (`--hypothesis-profile=ci` has no deadline either.)
-hypothesis.settings.register_profile("untimed", deadline=None)
+hypothesis.settings.register_profile(
+    "untimed", deadline=None, suppress_health_check=[hypothesis.HealthCheck.too_slow]
+)
 hypothesis.settings.load_profile("untimed")
 
 

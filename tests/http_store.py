@@ -58,10 +58,10 @@ def served(
     with listening() as door:
         thread = threading.Thread(target=lambda: asyncio.run(main(door)), name="http-store")
         thread.start()
-        if not started.wait(30):
+        if not started.wait(120):
             raise RuntimeError("the store did not start")
         try:
             yield Served(f"http://127.0.0.1:{door.getsockname()[1]}", box["core"], box["loop"])
         finally:
             box["server"].should_exit = True
-            thread.join(30)
+            thread.join(120)

@@ -177,14 +177,19 @@ async def check_spans(url: str, settings: JournalSettings, seen: Seen, keys: Seq
 
 async def sitting(url: str, run_id: str, number: int) -> None:
     core = await StoreCore.open(
-        url, settings=JournalSettings(run_id=run_id), must_exist=number > 0, lease_seconds=0.6
+        url, settings=JournalSettings(run_id=run_id), must_exist=number > 0, lease_seconds=600.0
     )
 
     def note(kind: str, *what: Any) -> None:
         os.write(1, json.dumps([kind, *what]).encode() + b"\n")
 
     note("open")
-    await Load(LightningStore.local(core), str(number), note).run()
+    store = LightningStore.local(core)
+    for worker in range(
+        WORKERS
+    ):  # of the sitting that was killed; its leases would end by themselves, by the clock
+        await store.worker_lost(f"{number - 1}-w{worker}", "it was killed")
+    await Load(store, str(number), note).run()
 
 
 if __name__ == "__main__":

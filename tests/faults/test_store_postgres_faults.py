@@ -129,15 +129,17 @@ def test_a_database_that_stays_away_is_an_error_and_its_return_is_used(
     url = postgres_server.start()
 
     async def main() -> None:
-        journal = PostgresJournal(url, "r", seconds=1.0)
+        journal = PostgresJournal(url, "r")
         await journal.open()
         await journal.write([rollout("before")], [])
         await asyncio.to_thread(postgres_server.stop)
+        patience, journal._server.seconds = journal._server.seconds, 2.0
         with pytest.raises(StoreError, match=r"cannot write: .*refused.*start the server"):
             await journal.write([rollout("lost")], [])
         with pytest.raises(StoreError, match="cannot read"):
             await journal.rows("rollout", ["before"])
         await asyncio.to_thread(postgres_server.start)
+        journal._server.seconds = patience
         await journal.write([rollout("after")], [])
         found = await journal.query(Query("rollout"))
         assert [row.key for row in found.rows] == ["after", "before"]

@@ -42,7 +42,7 @@ async def simulate(
             await pause()
             await queue.advance(batch + 1)
 
-    await asyncio.wait_for(asyncio.gather(learner(), *(worker() for _ in range(workers))), 20)
+    await asyncio.wait_for(asyncio.gather(learner(), *(worker() for _ in range(workers))), 120)
     return trained
 
 

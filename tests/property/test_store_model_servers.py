@@ -45,7 +45,7 @@ class PostgresMachine(ServerMachine):
 
 class MongoMachine(ServerMachine):
     def reopened(self) -> Journal:
-        return MongoJournal(self.url, self.run_id, lease_seconds=0.5)
+        return MongoJournal(self.url, self.run_id, lease_seconds=60.0)
 
 
 def check(machine: type[ServerMachine], url: str) -> None:
