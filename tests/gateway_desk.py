@@ -34,7 +34,7 @@ class Desk:
             **options.pop("roles", {}),
         }
         self.settings = DoorSettings(
-            **{"max_model_len": 2000, "call_timeout_seconds": 5.0, **options}
+            **{"max_model_len": 2000, "call_timeout_seconds": 60.0, **options}
         )
         self.restart()
 

@@ -254,7 +254,7 @@ async def _serve(
         gateway_key(config),
     )
     await asyncio.to_thread(serve.run, application, name="gw", route_prefix="/")
-    await asyncio.to_thread(wait_until_open, host, port, 30.0)
+    await asyncio.to_thread(wait_until_open, host, port, 120.0)
     url = f"http://{host}:{port}"
     llm = LLM(endpoint=url, model="tiny", sampling_parameters={"max_tokens": 120})
     await store.add_resources({"main_llm": llm})

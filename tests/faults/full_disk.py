@@ -26,7 +26,7 @@ async def load(store: LightningStore, name: str, seen: Seen, enough: float) -> S
     """Load until it fails (its error) or `enough` more spans are acknowledged: never by time, a fast disk would be full again."""
     running, most = Load(store, name, seen.note), len(seen.spans) + enough
     task = asyncio.create_task(running.run())
-    give_up = time.monotonic() + 120.0
+    give_up = time.monotonic() + 240.0
     while not task.done() and len(seen.spans) < most:
         assert time.monotonic() < give_up
         await asyncio.wait([task], timeout=0.01)
@@ -41,7 +41,7 @@ async def main(folder: Path) -> None:
     url, seen = f"sqlite:///{folder}/store.db", Seen()
     ballast = folder / "ballast"
     ballast.write_bytes(bytes(BALLAST))
-    core = Store(url, lease_seconds=60.0)
+    core = Store(url, lease_seconds=600.0)
     store = LightningStore(OwnTransport(core.call), away_seconds=0.0)
     error = await load(store, "before", seen, math.inf)
     assert error is not None
@@ -49,7 +49,7 @@ async def main(folder: Path) -> None:
     before = len(seen.spans)
     assert before > 0
     ballast.unlink()
-    give_up = time.monotonic() + 20 * RETRY_SECONDS
+    give_up = time.monotonic() + 60 * RETRY_SECONDS
     while time.monotonic() < give_up:
         try:
             await store.ping()  # it tries to open its file again

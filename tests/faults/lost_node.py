@@ -64,7 +64,7 @@ async def work(store: LightningStore, cluster: Cluster, node: Any) -> dict[str, 
     ended = await ending
     lost = await store.worker_lost("away", "its node is gone")
     held = [(one.num_spans, str(one.end_reason), one.error) for one in [ended, *lost]]
-    again = await store.dequeue_many_rollouts(limit=10, worker_id="here", wait_seconds=10)
+    again = await store.dequeue_many_rollouts(limit=10, worker_id="here", wait_seconds=50)
     for one in again:
         key = (one.rollout_id, one.attempt_id)
         await store.add_spans(*key, spans(key, range(SPANS)))

@@ -23,7 +23,7 @@ from tests.integration.test_engine_vllm import Served, assert_says
 
 pytestmark = pytest.mark.slow
 
-START_SECONDS = 240
+START_SECONDS = 600
 
 
 @pytest.fixture(scope="module")
@@ -46,7 +46,7 @@ def engine_cores(replica: int) -> list[psutil.Process]:
 
 
 def gone(process: psutil.Process) -> bool:
-    deadline = time.monotonic() + 30
+    deadline = time.monotonic() + 120
     while time.monotonic() < deadline:
         if ended(process):
             return True
@@ -92,7 +92,7 @@ def test_a_killed_replica_is_replaced_and_caught_up_before_it_serves(
     assert answer.weight_versions == [(0, 1)]
     assert_says(folders[1], answer)
     assert served.stats()["pid"] == new
-    (news,) = ray.get(served.sync.take_news.remote(), timeout=30)
+    (news,) = ray.get(served.sync.take_news.remote(), timeout=240)
     assert "was started in place of a lost one" in news.text
     assert news.restarted == "engine"
     result = served.publish(folders[2], lost=1)
@@ -114,7 +114,7 @@ def test_a_dead_engine_core_fails_its_calls_and_the_replica_is_replaced(
         time.sleep(0.001)
     core.kill()
     with pytest.raises(EngineError, match="failed during call"):
-        call.result(timeout_s=60)
+        call.result(timeout_s=240)
     replaced(served, old)
     assert_says(folders[2], served.generate())
 

@@ -95,7 +95,7 @@ def test_a_call_whose_engine_dies_is_answered_by_the_next_one(system: System) ->
 
 def test_a_killed_gateway_goes_on_where_it_was(system: System) -> None:
     one = system.attempt()
-    client = system.client(one, max_retries=0, timeout=20)
+    client = system.client(one, max_retries=0, timeout=60)
     messages: list[Any] = [say("call 47+385")]
     first = client.chat.completions.create(model="tiny", messages=messages, tools=[TOOL])
     message = first.choices[0].message

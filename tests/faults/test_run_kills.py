@@ -146,7 +146,7 @@ def test_an_interrupted_run_ends_soon_leaves_nothing_and_goes_on(
     try:
         run.until(moment)
         run.interrupt()
-        assert run.finish(seconds=10) == 1, run.text
+        assert run.finish(seconds=60) == 1, run.text
         assert run.left_over() == []
         assert "--resume" in run.text
         if moment == "starting learner":

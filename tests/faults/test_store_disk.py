@@ -37,7 +37,7 @@ def test_a_full_disk_is_said_and_what_was_acknowledged_is_there(tmp_path: Path) 
         [*OWN_MOUNTS, "sh", "-c", run, str(tmp_path)],
         capture_output=True,
         text=True,
-        timeout=300,
+        timeout=800,
         check=False,
         env={**os.environ, "PYTHONPATH": path},
     )

@@ -30,7 +30,7 @@ def test_a_removed_nodes_attempts_are_incomplete_and_run_again() -> None:
             [sys.executable, str(PROGRAM), folder],
             capture_output=True,
             text=True,
-            timeout=300,
+            timeout=800,
             check=False,
             env=environment,
         )

@@ -77,7 +77,7 @@ class WholeRun:
             lines.put(line.rstrip())
         lines.put(None)
 
-    def until(self, pattern: str, seconds: float = 240.0) -> str:
+    def until(self, pattern: str, seconds: float = 600.0) -> str:
         """The next line that matches; AssertionError with everything seen when it does not come."""
         deadline = time.monotonic() + seconds
         while True:
@@ -94,7 +94,7 @@ class WholeRun:
             if re.search(pattern, line):
                 return line
 
-    def finish(self, seconds: float = 300.0) -> int:
+    def finish(self, seconds: float = 600.0) -> int:
         """The exit code, once the run has ended."""
         deadline = time.monotonic() + seconds
         while True:
@@ -103,7 +103,7 @@ class WholeRun:
             except queue.Empty:
                 raise AssertionError(f"still running after {seconds} s:\n{self.text}") from None
             if line is None:
-                return self.process.wait(timeout=30)
+                return self.process.wait(timeout=120)
             self.seen.append(line)
             self._remember()
 
@@ -125,10 +125,14 @@ class WholeRun:
         alive = [p for p in self.family.values() if p.is_running()]
         return [command_line(process)[:60] for process in alive]
 
-    def left_over(self) -> list[psutil.Process]:
-        """Processes of the run that are still there (given two seconds to leave)."""
-        _, alive = psutil.wait_procs(list(self.family.values()), timeout=2)
-        return [process for process in alive if not ended(process)]
+    def left_over(self, seconds: float = 60.0) -> list[psutil.Process]:
+        """Processes of the run that are still there after so long; at once when all have left."""
+        deadline = time.monotonic() + seconds
+        while True:
+            alive = [process for process in self.family.values() if not ended(process)]
+            if not alive or time.monotonic() > deadline:
+                return alive
+            time.sleep(0.1)
 
     def interrupt(self) -> None:
         self._remember()
@@ -138,7 +142,7 @@ class WholeRun:
         if self.process.poll() is None:
             self._remember()
             self.process.kill()
-        for process in self.left_over():
+        for process in self.left_over(2.0):
             process.kill()
 
     @property

@@ -32,7 +32,7 @@ class Asking:
                 {"role": "user", "content": "Are you sure?"},
             ]
         reward = float(os.environ["ANSWER"] in text)
-        async with httpx.AsyncClient() as http:
+        async with httpx.AsyncClient(timeout=120) as http:
             posted = await http.post(
                 os.environ["AGL_EVENT_URL"],
                 json={"event_type": "reward", "data": {"value": reward, "source": "agent"}},
@@ -47,7 +47,7 @@ def post(url: str, content: object) -> dict:
         "Content-Type": "application/json",
     }
     request = urllib.request.Request(url, json.dumps(content).encode(), headers)
-    with urllib.request.urlopen(request, timeout=30) as answer:
+    with urllib.request.urlopen(request, timeout=120) as answer:
         return json.load(answer)
 
 

@@ -54,7 +54,7 @@ class Served:
         namespace = f"{NAMESPACE}-{self.app}"
         self.sync = create_weight_sync(self.config, namespace)
         self.learner = Sender.remote(bucket_bytes=100_000)
-        ray.get(self.sync.set_learner.remote(self.learner), timeout=60)
+        ray.get(self.sync.set_learner.remote(self.learner), timeout=240)
         self.version = -1
         self.publish(folder)
         self.handle = serve.run(
@@ -64,8 +64,8 @@ class Served:
     def publish(self, folder: Path, lost: int = 0) -> dict[str, Any]:
         self.version += 1
         tensors = [(name, tensor.numpy()) for name, tensor in tiny_model.weights(folder)]
-        manifest = ray.get(self.learner.stage.remote(self.version, tensors), timeout=60)
-        result: dict[str, Any] = ray.get(self.sync.publish.remote(manifest), timeout=90)
+        manifest = ray.get(self.learner.stage.remote(self.version, tensors), timeout=240)
+        result: dict[str, Any] = ray.get(self.sync.publish.remote(manifest), timeout=240)
         assert len(result["lost"]) == lost
         assert result["checksum"] == manifest["checksum"]
         self.folder = folder
@@ -77,12 +77,12 @@ class Served:
 
     def generate(self, **fields: Any) -> GenerateResult:
         result: GenerateResult = self.handle.generate.remote(self.request(**fields)).result(
-            timeout_s=60
+            timeout_s=240
         )
         return result
 
     def stats(self) -> dict[str, Any]:
-        stats: dict[str, Any] = self.handle.stats.remote().result(timeout_s=30)
+        stats: dict[str, Any] = self.handle.stats.remote().result(timeout_s=240)
         return stats
 
 

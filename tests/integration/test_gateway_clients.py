@@ -35,7 +35,7 @@ def use(desk: Desk, work: Callable[[openai.AsyncOpenAI], Awaitable[None]]) -> No
         async with (
             serving(desk.app) as url,
             openai.AsyncOpenAI(
-                base_url=f"{url}{BASE}/v1", api_key="k", max_retries=0, timeout=30
+                base_url=f"{url}{BASE}/v1", api_key="k", max_retries=0, timeout=120
             ) as client,
         ):
             await work(client)

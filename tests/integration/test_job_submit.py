@@ -40,7 +40,7 @@ def start_head(temp: Path, ports: dict[str, int]) -> subprocess.Popen[bytes]:
     )
 
 
-def connect(url: str, seconds: float = 60.0) -> Any:
+def connect(url: str, seconds: float = 240.0) -> Any:
     """A client of the cluster's job server, as soon as it answers."""
     from ray.job_submission import JobSubmissionClient
 
@@ -54,7 +54,7 @@ def connect(url: str, seconds: float = 60.0) -> Any:
             time.sleep(1)
 
 
-def submit(client: Any, entrypoint: str, seconds: float = 60.0) -> str:
+def submit(client: Any, entrypoint: str, seconds: float = 240.0) -> str:
     """Submit as soon as the cluster's job agent is up, which is some seconds after the dashboard."""
     deadline = time.monotonic() + seconds
     while True:
@@ -80,7 +80,7 @@ def test_a_job_trains_on_the_cluster_and_leaves_it_running(tmp_path: Path, scrat
         words = f"model.path={model} runs_dir={tmp_path / 'runs'} train.steps=2"
         entrypoint = f"cd {REPO} && {sys.executable} -m agl_ray.cli train {config} {words}"
         job = submit(client, entrypoint)
-        deadline = time.monotonic() + 300
+        deadline = time.monotonic() + 600
         while not client.get_job_status(job).is_terminal():
             assert time.monotonic() < deadline, client.get_job_logs(job)
             time.sleep(1)

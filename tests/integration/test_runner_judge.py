@@ -28,7 +28,7 @@ def test_verdicts_are_rewards_and_failures_are_end_reasons(
     rows += [{"score": 0.5, "die_once": str(tmp_path / "died")}]
 
     async def scenario() -> None:
-        judge = JudgeConfig(function=f"{AGENTS}:judge_of_rows", retries=1, timeout_seconds=15)
+        judge = JudgeConfig(function=f"{AGENTS}:judge_of_rows", retries=1, timeout_seconds=60)
         runners = config().runners.model_copy(update={"num_runners": 1, "concurrency": 8})
         settings = config(max_attempts=1).model_copy(update={"judge": judge, "runners": runners})
         evaluation, _ = await with_pool(

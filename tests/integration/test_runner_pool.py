@@ -29,8 +29,8 @@ def config(**rollout: Any) -> RunConfig:
         {
             "model": {"path": "unused"},
             "data": {"train": "unused", "val": "unused", "shuffle": False},
-            "rollout": {"groups_per_step": 2, "group_size": 4, "timeout_seconds": 20, **rollout},
-            "runners": {"num_runners": 2, "concurrency": 4, "lease_seconds": 10},
+            "rollout": {"groups_per_step": 2, "group_size": 4, "timeout_seconds": 60, **rollout},
+            "runners": {"num_runners": 2, "concurrency": 4, "lease_seconds": 60},
         }
     )
 
@@ -64,7 +64,7 @@ async def with_pool(
     supervision = asyncio.ensure_future(pool.supervise())
     groups = GroupRollouts(settings, store, rows, resources.resources_id, positions=RowPositions())
     try:
-        return await asyncio.wait_for(work(groups), 120), notices
+        return await asyncio.wait_for(work(groups), 300), notices
     finally:
         await pool.stop()
         await supervision
@@ -120,7 +120,7 @@ def test_a_runner_whose_loop_stands_still_is_replaced_and_a_slow_one_is_not(
 ) -> None:
     monkeypatch.setattr(runner_watch, "LEASES", 2.0)
     monkeypatch.setattr(runner_watch, "LEAST", 1.0)
-    settings = config(max_attempts=1, timeout_seconds=3600)
+    settings = config(max_attempts=20, timeout_seconds=3600)  # its leases are short
     one = {"num_runners": 1, "concurrency": 1, "lease_seconds": 2.0}
     settings = settings.model_copy(update={"runners": settings.runners.model_copy(update=one)})
 
@@ -183,10 +183,11 @@ def test_whatever_agents_do_the_pool_goes_on(
     also those apart that would take the runner with them."""
     fine = ("fork", "threads", "print", "nothing", "nothing")
     kinds = ("raise", "exit", "hang", *only_here, *fine)
-    rows = [{"do": do, "seconds": 3, "bytes": 1 << 23} for do in kinds]
+    rows = [{"do": do, "seconds": 15, "bytes": 1 << 23} for do in kinds]
 
     async def scenario() -> None:
-        settings = config(max_attempts=1, timeout_seconds=2.0)
+        # One deadline for those that hang and those that must end: a machine may stand still for seconds.
+        settings = config(max_attempts=1, timeout_seconds=10.0)
         runners = settings.runners.model_copy(update={"isolation": isolation})
         evaluation, notices = await with_pool(
             settings.model_copy(update={"runners": runners}),

@@ -72,7 +72,7 @@ def test_the_life_of_a_rollout_over_ray(store: LightningStore) -> None:
         )
         assert sorted(one for ids in many for one in ids) == list(range(1, 51))
         await store.end_attempt(*key, EndReason.OK, reward=1.0, expected_spans=50)
-        (final,) = await store.wait_for_rollouts(rollout_ids=[rollout.rollout_id], timeout=30)
+        (final,) = await store.wait_for_rollouts(rollout_ids=[rollout.rollout_id], timeout=120)
         assert final.status is RolloutStatus.SUCCEEDED
         table = await store.read_spans([key])
         assert table["sequence_id"].to_pylist() == list(range(1, 51))
@@ -191,7 +191,7 @@ def test_a_file_damaged_between_two_lives_is_a_store_error_and_can_be_mended(
     store: LightningStore, tmp_path: Path
 ) -> None:
     async def found(rollout_id: str) -> Any:
-        for _ in range(100):
+        for _ in range(900):
             try:
                 return await store.get_rollout_by_id(rollout_id)
             except StoreError:  # it tries to open the file again every two seconds

@@ -73,7 +73,7 @@ def test_the_client_through_serve(doors: tuple[str, LightningStore]) -> None:
         assert taken.rollout_id == rollouts[0].rollout_id
         both = await outside.dequeue_many_rollouts(limit=5, worker_id="outside")
         assert [one.input for one in both] == [1, 2]
-        waiter = asyncio.ensure_future(outside.dequeue_rollout("outside", wait_seconds=30))
+        waiter = asyncio.ensure_future(outside.dequeue_rollout("outside", wait_seconds=50))
         while (await inside.statistics())["waiting_takers"] == 0:  # noqa: ASYNC110
             await asyncio.sleep(0.02)
         await inside.enqueue_rollout("late")
@@ -83,7 +83,7 @@ def test_the_client_through_serve(doors: tuple[str, LightningStore]) -> None:
         for one in (taken, *both, late):
             await outside.end_attempt(one.rollout_id, one.attempt_id, EndReason.OK, reward=1.0)
         ids = [one.rollout_id for one in rollouts]
-        done = await outside.wait_for_rollouts(rollout_ids=ids, timeout=10)
+        done = await outside.wait_for_rollouts(rollout_ids=ids, timeout=120)
         assert len(done) == 3
         many = await asyncio.gather(*(outside.enqueue_rollout(one) for one in range(40)))
         assert len({one.rollout_id for one in many}) == 40

@@ -41,7 +41,7 @@ async def run_agent(agent: str, variables: dict[str, str]) -> int:
     command = ["-c", LOCAL_RUNNER, agent] if ":" in agent else [str(HERE / agent)]
     environ = {**os.environ, **variables, "PYTHONPATH": str(HERE)}
     process = await asyncio.create_subprocess_exec(sys.executable, *command, env=environ)
-    return await asyncio.wait_for(process.wait(), 60)
+    return await asyncio.wait_for(process.wait(), 240)
 
 
 def scripted(answer_to: Callable[[str], str]) -> Starlette:
@@ -100,7 +100,7 @@ def test_agents_run_under_a_controller_of_1_0(tmp_path: Path) -> None:
         env_map = {"QUESTION": "input.question", "ANSWER": "input.answer"}
         local = {"agent_class": agent, "env_map": env_map}
         given = {"question": question, "answer": answer, "data_id": question}
-        return {"input": given, "config": {"timeout_seconds": 60, "local": local}}
+        return {"input": given, "config": {"timeout_seconds": 240, "local": local}}
 
     async def main() -> None:
         core = await StoreCore.open(f"sqlite:///{tmp_path}/store.db")
@@ -109,7 +109,7 @@ def test_agents_run_under_a_controller_of_1_0(tmp_path: Path) -> None:
         async with (
             serving(scripted(script)) as gateway,
             serving(facade_app(store, gateway)) as url,
-            httpx.AsyncClient(base_url=url, timeout=30) as client,
+            httpx.AsyncClient(base_url=url, timeout=120) as client,
         ):
             items = [
                 item("facade_agents:Asking", "6*7", "42"),
@@ -162,7 +162,7 @@ def test_an_agent_of_1_0_is_trained_on_through_our_gateway(tmp_path: Path) -> No
             assert (ended.end_reason, ended.reward) == ("ok", 1.0)
             rows = await store.query_span_rows(*key)
             assert [row["kind"] for row in rows] == ["call", "call", "reward"]
-            async with httpx.AsyncClient(base_url=url) as client:
+            async with httpx.AsyncClient(base_url=url, timeout=120) as client:
                 path = f"/api/rollouts/{taken.rollout_id}/events"
                 events = (await client.get(path, params={"format": "triplet"})).json()
             first, second = (event["data"] for event in events[:2])
@@ -208,8 +208,8 @@ def test_an_agent_of_1_0_runs_unchanged_as_a_command(tmp_path: Path) -> None:
                 agent,
                 base=str(HERE),
                 concurrency=2,
-                timeout_seconds=60,
-                lease_seconds=30,
+                timeout_seconds=240,
+                lease_seconds=120,
                 tracing=TracingConfig(instrument="off"),
                 otlp=False,
                 host=Host(store_url=url, artifacts_folder=str(tmp_path)),
@@ -219,7 +219,7 @@ def test_an_agent_of_1_0_runs_unchanged_as_a_command(tmp_path: Path) -> None:
             requests = [EnqueueRolloutRequest(input=task, mode="train") for task in tasks]
             rollouts = await store.enqueue_many_rollouts(requests)
             ids = [one.rollout_id for one in rollouts]
-            assert len(await store.wait_for_rollouts(rollout_ids=ids, timeout=60)) == 2
+            assert len(await store.wait_for_rollouts(rollout_ids=ids, timeout=240)) == 2
             attempts = {one.rollout_id: one for one in await store.get_attempts(ids)}
             ends = [(attempts[one].end_reason, attempts[one].reward) for one in ids]
             assert ends == [("ok", 1.0), ("ok", 0.0)]

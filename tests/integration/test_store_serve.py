@@ -63,7 +63,7 @@ def test_a_signal_ends_it_in_order(tmp_path: Path, number: signal.Signals) -> No
 
         async def wait_while_it_ends() -> None:
             waiting = asyncio.ensure_future(
-                store.wait_for_rollouts(rollout_ids=[rollout.rollout_id], timeout=60)
+                store.wait_for_rollouts(rollout_ids=[rollout.rollout_id], timeout=600)
             )
             await store.ping()
             process.send_signal(number)
@@ -72,8 +72,8 @@ def test_a_signal_ends_it_in_order(tmp_path: Path, number: signal.Signals) -> No
 
         started = time.monotonic()
         asyncio.run(wait_while_it_ends())
-        assert process.wait(20) == 0
-        assert time.monotonic() - started < 15
+        assert process.wait(120) == 0
+        assert time.monotonic() - started < 240  # long before that call would have ended
         assert process.stdout is not None
         assert "its journal is flushed" in process.stdout.read()
     with program(url) as (_, address):
@@ -163,13 +163,16 @@ def test_an_answer_is_not_held_back() -> None:
     """Without the protocol's name asyncio leaves Nagle's algorithm on, and every small answer takes 40 ms."""
     with program("memory://") as (_, address):
 
-        async def pings(store: LightningStore) -> float:
-            await store.ping()
-            started = time.monotonic()
-            for _ in range(50):
+        async def pings(store: LightningStore) -> list[float]:
+            took = []
+            for _ in range(51):
+                started = time.monotonic()
                 await store.ping()
-            return time.monotonic() - started
+                took.append(time.monotonic() - started)
+            return took
 
-        assert asyncio.run(pings(LightningStore.http(address))) < 50 * 0.03
+        took = asyncio.run(pings(LightningStore.http(address)))
+        # The machine may stand still between any two; held back, none but the first would be this quick.
+        assert sorted(took)[len(took) // 4] < 0.03
     with listening() as door:
         assert door.proto == socket.IPPROTO_TCP
