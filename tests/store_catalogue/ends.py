@@ -39,7 +39,7 @@ async def what_was_done_before_is_given_at_once(store: LightningStore) -> None:
     start = time.monotonic()
     (found,) = await store.wait_for_rollouts(rollout_ids=[attempt.rollout_id], timeout=60)
     assert found.status is RolloutStatus.SUCCEEDED
-    assert time.monotonic() - start < 5
+    assert time.monotonic() - start < 30
 
 
 async def what_is_done_during_the_wait_is_given_quickly(
@@ -56,7 +56,7 @@ async def what_is_done_during_the_wait_is_given_quickly(
     await end_ok(store, attempt)
     found = await asyncio.gather(*waits)
     assert [[one.rollout_id for one in rows] for rows in found] == [[attempt.rollout_id]] * 3
-    assert time.monotonic() - start < 5
+    assert time.monotonic() - start < 30
 
 
 async def rollouts_that_end_at_different_times_are_all_given(store: LightningStore) -> None:

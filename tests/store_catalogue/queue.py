@@ -102,7 +102,7 @@ async def a_blocking_taker_is_given_work_as_it_comes(
     found = await taker
     assert found is not None
     assert (found.rollout_id, found.attempt.worker_id) == (rollout.rollout_id, "w")
-    assert time.monotonic() - start < 5
+    assert time.monotonic() - start < 30
 
 
 async def a_blocking_taker_gives_up_in_time(store: LightningStore) -> None:

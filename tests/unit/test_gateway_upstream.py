@@ -116,7 +116,7 @@ def test_a_call_is_passed_on_and_recorded_without_ids(renderer: Renderer) -> Non
 def test_an_answer_streams_token_by_token(renderer: Renderer) -> None:
     reached, events = threading.Event(), chat_events("o", "k", "!")
     events.insert(
-        2, lambda: reached.wait(5)
+        2, lambda: reached.wait(60)
     )  # the third piece waits until the first two have been read
     with endpoint(events) as server:
         one = desk(renderer, server)
@@ -308,19 +308,27 @@ def test_a_turn_that_comes_too_late_is_named() -> None:
 
 
 def test_a_caller_that_leaves_closes_the_connection(renderer: Renderer) -> None:
-    with endpoint(lambda body: threading.Event().wait(0.3) or chat("late")) as server:
+    asked, left = threading.Event(), threading.Event()
+
+    def answer(body: Any) -> Any:
+        asked.set()
+        left.wait(60)
+        return chat("late")
+
+    with endpoint(answer) as server:
         one = desk(renderer, server)
 
         async def leave() -> None:
 
             request = CallRequest(model="far", messages=ASKED["messages"])
             task = asyncio.create_task(one.door.call(CallPath("ro-1", "at-1", "judge"), request))
-            await asyncio.sleep(0.1)
+            assert await asyncio.to_thread(asked.wait, 60)
             task.cancel()
             with pytest.raises(asyncio.CancelledError):
                 await task
 
         asyncio.run(leave())
+        left.set()
         assert asyncio.run(one.door.state(_path()))["disconnects"] == 1
     assert one.rows == []
 

@@ -53,7 +53,7 @@ def test_a_waiting_reader_gets_the_event_when_it_is_journalled() -> None:
         await asyncio.sleep(0.05)
         assert not reader.done()
         resources = await store.add_resources({})
-        (event,) = (await asyncio.wait_for(reader, 5)).events
+        (event,) = (await asyncio.wait_for(reader, 60)).events
         assert (event.kind, event.key, event.version) == ("resources", resources.resources_id, 1)
         assert (await store.read_events(event.number, wait_seconds=0.05)).events == ()
         await core.close()
@@ -144,7 +144,7 @@ def test_a_subscriber_follows_as_it_happens() -> None:
         follower = asyncio.ensure_future(follow())
         for key in ("a", "b", "c"):
             await store.put_state(key, b"")
-        await asyncio.wait_for(follower, 5)
+        await asyncio.wait_for(follower, 60)
         assert seen == ["a", "b", "c"]
         await core.close()
 
@@ -158,7 +158,7 @@ def test_waiting_readers_hear_that_the_store_has_ended() -> None:
         await asyncio.sleep(0.02)
         await core.close()
         with pytest.raises(Exception, match="shut down"):
-            await asyncio.wait_for(reader, 5)
+            await asyncio.wait_for(reader, 60)
 
     asyncio.run(main())
 

@@ -524,7 +524,7 @@ def test_a_paused_proxy_holds_calls_and_counts_those_under_way(tmp_path: Path) -
                 return await client.chat.completions.create(model="x", messages=MESSAGES)
 
             first = asyncio.create_task(ask())
-            await asyncio.wait_for(world.upstream.asked.wait(), 5)
+            await asyncio.wait_for(world.upstream.asked.wait(), 60)
             paused = await world.call("POST", "/proxy/pause", json={"reason": "weights"})
             assert paused == {
                 "paused": True,
@@ -548,11 +548,20 @@ def test_a_paused_proxy_holds_calls_and_counts_those_under_way(tmp_path: Path) -
             refused = await world.client.post(path, json={"messages": []})
             assert (refused.status_code, refused.headers["retry-after"]) == (429, "2")
             assert refused.json()["error"] == "gateway paused"
-            await world.call("POST", "/proxy/pause", json={})
-            late = await world.client.post(path, json={"messages": []})
-            assert late.status_code == 429  # held for hold_seconds
 
-    run(tmp_path, scenario, hold_seconds=0.5)
+    run(tmp_path, scenario, hold_seconds=120)
+
+
+def test_a_call_that_was_held_for_long_enough_is_told_to_come_again(tmp_path: Path) -> None:
+    async def scenario(world: World) -> None:
+        started = await world.store.start_rollout({"q": 1}, mode="train")
+        env = environment(world.url, started.rollout_id, started.attempt_id, mode="train")
+        await world.call("POST", "/proxy/pause", json={})
+        path = f"{env['AGL_OPENAI_BASE_URL']}/chat/completions"
+        late = await world.client.post(path, json={"messages": []})
+        assert late.status_code == 429
+
+    run(tmp_path, scenario, hold_seconds=0.2)
 
 
 def test_a_caller_who_leaves_a_held_or_a_running_call_leaves_nothing_behind(tmp_path: Path) -> None:
@@ -561,9 +570,10 @@ def test_a_caller_who_leaves_a_held_or_a_running_call_leaves_nothing_behind(tmp_
         env = environment(world.url, started.rollout_id, started.attempt_id, mode="train")
         path = f"{env['AGL_OPENAI_BASE_URL']}/chat/completions"
         world.upstream.gate.clear()
-        with pytest.raises(httpx.ReadTimeout):
-            await world.client.post(path, json={"messages": []}, timeout=0.3)
-        await asyncio.wait_for(world.upstream.left.wait(), 5)
+        caller = asyncio.ensure_future(world.client.post(path, json={"messages": []}))
+        await asyncio.wait_for(world.upstream.asked.wait(), 60)
+        caller.cancel()
+        await asyncio.wait_for(world.upstream.left.wait(), 60)
         await world.call("POST", "/proxy/pause", json={})
         with pytest.raises(httpx.ReadTimeout):
             await world.client.post(path, json={"messages": []}, timeout=0.3)
@@ -596,6 +606,6 @@ def test_errors_of_the_gateway_reach_the_agent(tmp_path: Path) -> None:
         async with serving(facade_app(world.store, world.gateway_url, call_seconds=0.3)) as url:
             started_at = time.monotonic()
             slow = await world.client.post(path.replace(world.url, url), json={"messages": []})
-            assert (slow.status_code, time.monotonic() - started_at < 5) == (504, True)
+            assert (slow.status_code, time.monotonic() - started_at < 20) == (504, True)
 
     run(tmp_path, scenario)

@@ -90,7 +90,7 @@ def test_a_whole_flow() -> None:
         assert table.column("response_ids").to_pylist() == [[1, 2, 3]] * 3
         ended = await store.end_attempt(*key, EndReason.OK, reward=0.5, expected_spans=3)
         assert (ended.end_reason, ended.reward) == (EndReason.OK, 0.5)
-        done = await store.wait_for_rollouts(rollout_ids=[rollout.rollout_id], timeout=5)
+        done = await store.wait_for_rollouts(rollout_ids=[rollout.rollout_id], timeout=60)
         assert done[0].status is RolloutStatus.SUCCEEDED
         await store.update_worker("w-1")
         await store.update_worker("w-1", {"load": 1})
@@ -229,7 +229,7 @@ def test_waits_return_early_and_a_caller_who_leaves_is_given_nothing() -> None:
     async def flow(store: LightningStore) -> None:
         started = time.monotonic()
         assert await store.dequeue_rollout("w-1", wait_seconds=0.2) is None
-        assert time.monotonic() - started < 5
+        assert time.monotonic() - started < 25
         leaver = asyncio.ensure_future(store.dequeue_rollout("w-2", wait_seconds=30))
         while (await store.statistics())["waiting_takers"] == 0:  # noqa: ASYNC110
             await asyncio.sleep(0.01)
@@ -247,7 +247,7 @@ def test_waits_return_early_and_a_caller_who_leaves_is_given_nothing() -> None:
         )
         await store.end_attempt(taken.rollout_id, taken.attempt_id, EndReason.OK, reward=1.0)
         assert [one.rollout_id for one in await waiter] == [rollout.rollout_id]
-        assert time.monotonic() - started < 15
+        assert time.monotonic() - started < 25
 
     with served() as server:
         asyncio.run(flow(server.client()))

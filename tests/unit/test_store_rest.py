@@ -152,7 +152,7 @@ def test_change_events_by_a_cursor_and_a_long_poll(server: Served) -> None:
         poll = asyncio.ensure_future(rest.ok("GET", f"events?after={end['next']}&wait_seconds=30"))
         await asyncio.sleep(0.05)
         await rest.ok("POST", "rollouts/cancel", {"rollout_ids": [rollout_id]})
-        (event,) = (await asyncio.wait_for(poll, 10))["events"]
+        (event,) = (await asyncio.wait_for(poll, 25))["events"]
         assert (event["key"], event["status"]) == (rollout_id, "cancelled")
         assert (await rest.error("GET", "events?after=-1"))[0] == 422
 
@@ -318,7 +318,7 @@ def test_long_polls_return_early(server: Served) -> None:
         await asyncio.wait([leaver])
         while (await rest.ok("GET", "statistics"))["waiting_takers"] == 1:  # noqa: ASYNC110
             await asyncio.sleep(0.01)
-        assert time.monotonic() - started < 20
+        assert time.monotonic() - started < 50
 
     run(server, flow)
 

@@ -110,7 +110,7 @@ def test_what_is_sent_is_not_sent_in_the_context_of_who_recorded() -> None:
         mark.set("the agent's")
         for _ in range(MANY):
             recorder.add(name="n", kind="span")
-        await asyncio.wait_for(sending.wait(), 5)
+        await asyncio.wait_for(sending.wait(), 60)
         await sender.close()
 
     with_store(scenario)
