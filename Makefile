@@ -1,10 +1,11 @@
 # agl_ray: every target sets up .venv by itself from the pinned lock (nothing but python3, make and a package index).
-# Variables: PYTHON (the Python that makes .venv), SET (cpu or gpu: which lock), SEED (of the demo), CONFIG (of the demo).
+# Variables: PYTHON (the Python that makes .venv), SET (cpu or gpu: which lock), SEED and CONFIG (of the demo), SEEDS (of test-learning).
 
 PYTHON ?= python3
 SET ?= cpu
 SEED ?= 0
 CONFIG ?= configs/quickstart.yaml
+SEEDS ?= 0 1 2
 
 VENV := .venv
 BIN := $(VENV)/bin
@@ -26,7 +27,7 @@ export HF_HUB_OFFLINE ?= 1
 export RAY_USAGE_STATS_ENABLED ?= 0
 
 .DEFAULT_GOAL := help
-.PHONY: help venv venv-verl demo test test-fast test-frameworks test-verl lint typecheck fmt bench check locks clean
+.PHONY: help venv venv-verl demo test test-fast test-frameworks test-verl test-learning lint typecheck fmt bench check locks clean
 
 help: ## what can be made
 	@echo "make TARGET [PYTHON=python3.11] [SET=cpu|gpu] [SEED=0]"
@@ -77,6 +78,9 @@ test-verl: $(TESTED) .venv-verl/.ready ## learner.backend verl: its engine again
 
 test-frameworks: $(READY) $(FRAMEWORKS) ## agents of other frameworks against the real gateway and engine
 	$(PYTEST) tests/frameworks
+
+test-learning: $(TESTED) ## the quickstart by five algorithms and three seeds (SEEDS="0 1 2"), 45 minutes
+	SEEDS="$(SEEDS)" $(PYTEST) --timeout 1800 -s tests/learning
 
 lint: typecheck ## ruff, types, floors
 	$(BIN)/ruff check $(SOURCES)
