@@ -25,7 +25,7 @@ from agl_ray.learner.weights import full_state
 from agl_ray.trajectory.batch import GroupPlan, Member, TrainBatch
 
 SECONDS = 120.0  # a rank that takes longer hangs
-GROUP_SECONDS = {"die": 10.0}  # deadline of a collective, 60 for the other jobs
+GROUP_SECONDS = {"die": 20.0}  # deadline of a collective, 60 for the other jobs
 ALGORITHM = AlgorithmConfig()
 PRELOAD = [
     "agl_ray.learner.step",

@@ -102,21 +102,17 @@ def test_a_killed_replica_is_replaced_and_caught_up_before_it_serves(
     assert_says(folders[2], served.generate())
 
 
-def test_a_dead_engine_core_fails_its_calls_and_the_replica_is_replaced(
-    served: Served, folders: list[Path]
-) -> None:
+def test_a_dead_engine_core_fails_its_calls_and_the_replica_is_replaced(served: Served) -> None:
     from agl_ray.types.errors import EngineError
 
     old = served.stats()["pid"]
     (core,) = engine_cores(old)
-    call = served.handle.generate.remote(served.request(max_tokens=180, ignore_eos=True))
-    while served.stats()["running"] == 0:
-        time.sleep(0.001)
+    call, _ = served.begun()
     core.kill()
     with pytest.raises(EngineError, match="failed during call"):
         call.result(timeout_s=240)
     replaced(served, old)
-    assert_says(folders[2], served.generate())
+    assert_says(served.folder, served.generate())
 
 
 def test_weight_sync_may_die(served: Served, folders: list[Path]) -> None:

@@ -179,8 +179,10 @@ def test_a_larger_pool_that_finds_no_place_goes_on_without(store: LightningStore
     asyncio.run(main())
 
 
-async def workers_of(settings: RunConfig, store: LightningStore, said: list[str]) -> set[str]:
-    """The pools whose runners had a share of twelve rollouts, two at once in each runner; the others stay away."""
+async def workers_of(
+    settings: RunConfig, store: LightningStore, said: list[str], rollouts: int = 12
+) -> set[str]:
+    """The pools whose runners had a share of so many rollouts, two at once in each runner; the others stay away."""
     pools = RunnerPools(
         settings,
         store,
@@ -195,9 +197,9 @@ async def workers_of(settings: RunConfig, store: LightningStore, said: list[str]
     try:
         ids = [
             (await store.enqueue_rollout({"reward": 1.0, "seconds": 1.0})).rollout_id
-            for _ in range(12)
+            for _ in range(rollouts)
         ]
-        assert len(await store.wait_for_rollouts(rollout_ids=ids, timeout=240)) == 12
+        assert len(await store.wait_for_rollouts(rollout_ids=ids, timeout=240)) == rollouts
     finally:
         await pools.stop()
         await supervision
@@ -211,7 +213,8 @@ def test_pools_share_the_queue_and_grow_in_their_order(store: LightningStore) ->
     first, further = {"min_runners": 0, "max_runners": 1}, {"min_runners": 0, "max_runners": 2}
     settings = config(**first, pools={"spot": {**further, "concurrency": 2}})
     said: list[str] = []
-    assert asyncio.run(workers_of(settings, store, said)) == {"runner", "spot"}
+    # Half a minute of work for the first pool alone: the second must have come before.
+    assert asyncio.run(workers_of(settings, store, said, 60)) == {"runner", "spot"}
     assert not [one for one in said if "died" in one]
     enough = config(min_runners=0, max_runners=6, pools={"spot": {**further, "concurrency": 2}})
     assert asyncio.run(workers_of(enough, store, said)) == {"runner"}
