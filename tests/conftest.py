@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import logging
 import os
 import shutil
 import tempfile
@@ -33,6 +34,17 @@ def pytest_runtest_logreport(report: pytest.TestReport) -> None:
     if report.failed:
         print(f"\nFAILED {report.nodeid} ({report.when}, {report.duration:.0f} s)", flush=True)
         print(report.longreprtext[-4000:], flush=True)
+
+
+@pytest.fixture(autouse=True)
+def logging_as_before() -> Iterator[None]:
+    """A test that sets up logging, as every command does, must not take the lines of later ones from pytest."""
+    loggers = [logging.getLogger(name) for name in ("agl_ray", "actors")]
+    before = [(one.handlers[:], one.level, one.propagate) for one in loggers]
+    yield
+    for one, (handlers, level, propagate) in zip(loggers, before, strict=True):
+        one.handlers[:], one.propagate = handlers, propagate
+        one.setLevel(level)
 
 
 @pytest.fixture(scope="session")

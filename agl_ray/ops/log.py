@@ -85,6 +85,17 @@ class _ShortLines(logging.Formatter):
         return self._masker.mask(text)
 
 
+class _Screen(logging.Handler):
+    """To what stderr is when a line comes: progress bars put a stream of their own there, and notebooks and test runners close theirs."""
+
+    def emit(self, record: logging.LogRecord) -> None:
+        try:
+            sys.stderr.write(self.format(record) + "\n")
+            sys.stderr.flush()
+        except Exception:  # noqa: BLE001  logging's own way with a handler that fails
+            self.handleError(record)
+
+
 def setup_logging(
     folder: Path | None,
     *,
@@ -105,9 +116,8 @@ def setup_logging(
         file.setLevel(level)
         handlers.append(file)
     if console is not None:
-        screen = logging.StreamHandler(sys.stderr)
+        screen = _Screen(console)
         screen.setFormatter(_ShortLines(masker))
-        screen.setLevel(console)
         handlers.append(screen)
     for name in ("agl_ray", "actors"):
         logger = logging.getLogger(name)

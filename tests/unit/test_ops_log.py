@@ -2,22 +2,14 @@
 
 from __future__ import annotations
 
+import io
 import json
 import logging
-from collections.abc import Iterator
 from pathlib import Path
 
 import pytest
 
 from agl_ray.ops.log import FILE_NAME, Masker, setup_logging
-
-
-@pytest.fixture(autouse=True)
-def restored() -> Iterator[None]:
-    yield
-    setup_logging(None, console=None)
-    for name in ("agl_ray", "actors"):
-        logging.getLogger(name).propagate = True
 
 
 @pytest.mark.parametrize(
@@ -60,3 +52,15 @@ def test_lines_are_json_and_masked(tmp_path: Path, capsys: pytest.CaptureFixture
     assert "quiet" not in screen
     assert screen.count("error agl_ray.somewhere: loud") == 1
     assert "abcdefghijk" not in screen
+
+
+def test_lines_go_to_what_stderr_is_when_they_come(
+    capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    with monkeypatch.context() as patched:
+        first = io.StringIO()
+        patched.setattr("sys.stderr", first)
+        setup_logging(None)
+        first.close()  # as a notebook's cell or a test's capture does when it ends
+    logging.getLogger("agl_ray.somewhere").warning("still heard")
+    assert capsys.readouterr().err.endswith("warning agl_ray.somewhere: still heard\n")
