@@ -58,9 +58,7 @@ def _off_the_loop() -> Iterator[None]:
     try:
         yield
     finally:
-        asyncio.set_event_loop(
-            None
-        )  # as asyncio.run leaves it; a coroutine finds the running loop first
+        asyncio.set_event_loop(None)  # as asyncio.run leaves it: coroutines find the running loop
         asyncio._set_running_loop(loop)
         if task is not None:
             asyncio._enter_task(loop, task)

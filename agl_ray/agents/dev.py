@@ -27,6 +27,7 @@ from agl_ray.gateway.upstream_openai import OpenAIApi
 from agl_ray.tracing import SpanRecorder, follow
 from agl_ray.types import (
     LLM,
+    MODES,
     Attempt,
     AttemptedRollout,
     InputError,
@@ -35,7 +36,6 @@ from agl_ray.types import (
     new_id,
 )
 
-MODES = ("train", "val", "test")
 _APIS: dict[str, tuple[Api, str]] = {
     "openai": (OpenAIApi(), ""),
     "anthropic": (AnthropicApi(), "/v1"),

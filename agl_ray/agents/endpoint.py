@@ -1,8 +1,8 @@
 """An endpoint that watches: model calls of agents go through it to any OpenAI-compatible server, and each is a span of its attempt.
 
 It has the gateway's paths (`/rollout/{id}/attempt/{id}[/role/{name}]/v1/...`) and changes nothing: headers, bodies and streams go through as
-they are; only a role with a server of its own is called with that server's key. It lives in a thread of its own, so that an agent that stands at a breakpoint holds nobody up. Called by `agl_ray.agents.dev`. Test
-alone: tests/unit/test_agents_dev.py.
+they are; only a role with a server of its own is called with that server's key. It lives in a thread of its own, so that an agent that
+stands at a breakpoint holds nobody up. Called by `agl_ray.agents.dev`. Test alone: tests/unit/test_agents_dev.py.
 """
 
 from __future__ import annotations
@@ -32,8 +32,6 @@ _OWN_BACK = {*_OWN, "content-encoding"}
 _LAST = {"message_stop", "response.completed", "response.incomplete", "response.failed", "error"}
 _LEFT = 499  # the status that servers log for a caller who left
 _PATH = "/rollout/{rollout}/attempt/{attempt}{role:(/role/[^/]+)?}/v1/{path:.*}"
-
-
 _KEYS = {"authorization", "x-api-key"}
 
 

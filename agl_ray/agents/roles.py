@@ -5,7 +5,7 @@ Called by execute.py, for `ctx.llm(role)`. Test alone: tests/unit/test_agents_ro
 
 from __future__ import annotations
 
-from agl_ray.types import LLM, AttemptedRollout, InputError, NamedResources, Rollout, replace
+from agl_ray.types import LLM, AttemptedRollout, NamedResources, named_llm, replace
 
 NO_KEY = "agl-ray"  # OpenAI clients refuse to start without one
 
@@ -13,7 +13,8 @@ NO_KEY = "agl-ray"  # OpenAI clients refuse to start without one
 def endpoints(attempt: AttemptedRollout, resources: NamedResources) -> dict[str, LLM]:
     """Role -> LLM; under the empty name the run's own. The resource is the one that the rollout's metadata names (`resource`), as at
     the gateway, or the first LLM; where there is none, there are no endpoints. InputError where it names none of them."""
-    main = _chosen(attempt.rollout, resources)
+    first = next((one for one in resources.values() if isinstance(one, LLM)), None)
+    main = named_llm(attempt.rollout, resources) or first
     if main is None:
         return {}
     found = {"": _at(main, attempt, None)}
@@ -22,19 +23,6 @@ def endpoints(attempt: AttemptedRollout, resources: NamedResources) -> dict[str,
         # A model outside has its own name, and none of the run's sampling settings.
         found[role] = llm if model is None else replace(llm, model=model, sampling_parameters={})
     return found
-
-
-def _chosen(rollout: Rollout, resources: NamedResources) -> LLM | None:
-    llms = {name: item for name, item in resources.items() if isinstance(item, LLM)}
-    named = rollout.metadata.get("resource")
-    if named is None:
-        return next(iter(llms.values()), None)
-    if not isinstance(named, str) or named not in llms:
-        raise InputError(
-            f"rollout {rollout.rollout_id}: expected metadata['resource'] to name one of its LLM resources ({', '.join(sorted(llms)) or 'there are none'}), "
-            f"got {named!r}; give the name of one of them"
-        )
-    return llms[named]
 
 
 def _at(llm: LLM, attempt: AttemptedRollout, role: str | None) -> LLM:

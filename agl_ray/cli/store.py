@@ -14,6 +14,7 @@ from typing import TYPE_CHECKING, Annotated
 import typer
 
 from agl_ray.cli.verbs import Verbs
+from agl_ray.types import MODES
 
 if TYPE_CHECKING:
     from agl_ray.cli.store_target import Target
@@ -25,7 +26,6 @@ app = typer.Typer(
     rich_markup_mode=None,
 )
 
-MODES = ("train", "val", "test")
 RUN = "A run folder, a run's name, `latest`, a store.db, or a URL."
 Run = Annotated[str, typer.Argument(metavar="RUN", help=RUN)]
 RunId = Annotated[

@@ -36,10 +36,12 @@ from agl_ray.types import (
     UNANSWERED_CALL,
     Attempt,
     Conflict,
+    InputError,
     NotFound,
     ResourcesUpdate,
     Rollout,
     WaitTimeout,
+    named_llm,
 )
 from agl_ray.waits import wait
 
@@ -240,18 +242,20 @@ class Attempts:
             raise Refusal(
                 404, f"rollout {rollout.rollout_id} has no resources", code="resource_not_found"
             )
-        llms = {name: item for name, item in update.resources.items() if isinstance(item, LLM)}
-        name = rollout.metadata.get("resource")
-        if name is None and len(llms) == 1:
-            return next(iter(llms.values()))
-        if name not in llms:
+        try:
+            named = named_llm(rollout, update.resources)
+        except InputError as error:
+            raise Refusal(404, str(error), code="resource_not_found") from error
+        if named is not None:
+            return named
+        llms = [one for one in update.resources.values() if isinstance(one, LLM)]
+        if len(llms) != 1:
             raise Refusal(
                 404,
-                f"rollout {rollout.rollout_id}: expected metadata['resource'] to name one of its LLM resources "
-                f"{sorted(llms)}, got {name!r}",
+                f"rollout {rollout.rollout_id} has {len(llms)} LLM resources; expected one, or metadata['resource'] to name one of them",
                 code="resource_not_found",
             )
-        return llms[name]
+        return llms[0]
 
     async def _ask(self, awaitable: Any, on: str) -> Any:
         """A store operation under its own deadline; a store that does not answer is a 503."""

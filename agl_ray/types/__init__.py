@@ -17,8 +17,16 @@ from agl_ray.types.errors import (
 )
 from agl_ray.types.event import EventPage, StoreEvent
 from agl_ray.types.page import PaginatedResult
-from agl_ray.types.resource import LLM, NamedResources, PromptTemplate, Resource, ResourcesUpdate
+from agl_ray.types.resource import (
+    LLM,
+    NamedResources,
+    PromptTemplate,
+    Resource,
+    ResourcesUpdate,
+    named_llm,
+)
 from agl_ray.types.rollout import (
+    MODES,
     UNANSWERED_CALL,
     Attempt,
     AttemptedRollout,
@@ -39,6 +47,7 @@ from agl_ray.types.span import Span
 
 __all__ = [
     "LLM",
+    "MODES",
     "UNANSWERED_CALL",
     "UNSET",
     "AgentFailure",
@@ -71,6 +80,7 @@ __all__ = [
     "WeightSyncError",
     "Worker",
     "from_json",
+    "named_llm",
     "new_id",
     "replace",
     "to_json",

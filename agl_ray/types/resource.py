@@ -6,7 +6,8 @@ from typing import Any, TypeAlias
 
 import msgspec
 
-from agl_ray.types.rollout import Record
+from agl_ray.types.errors import InputError
+from agl_ray.types.rollout import Record, Rollout
 
 
 class LLM(Record, frozen=True, tag_field="resource_type", tag="llm"):
@@ -45,6 +46,20 @@ class PromptTemplate(Record, frozen=True, tag_field="resource_type", tag="prompt
 
 Resource: TypeAlias = LLM | PromptTemplate
 NamedResources: TypeAlias = dict[str, Resource]
+
+
+def named_llm(rollout: Rollout, resources: NamedResources) -> LLM | None:
+    """The LLM resource that the rollout's metadata names (`resource`); None where they name none. InputError where it is not there."""
+    named = rollout.metadata.get("resource")
+    if named is None:
+        return None
+    llms = {name: one for name, one in resources.items() if isinstance(one, LLM)}
+    if not isinstance(named, str) or named not in llms:
+        raise InputError(
+            f"rollout {rollout.rollout_id}: expected metadata['resource'] to name one of its LLM resources ({', '.join(sorted(llms)) or 'there are none'}), "
+            f"got {named!r}; give the name of one of them"
+        )
+    return llms[named]
 
 
 class ResourcesUpdate(Record, frozen=True):

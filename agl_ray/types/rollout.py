@@ -13,6 +13,7 @@ from typing import Any, TypeVar
 import msgspec
 
 T = TypeVar("T")
+MODES = ("train", "val", "test")
 replace = msgspec.structs.replace
 
 
@@ -117,7 +118,7 @@ class RolloutConfig(Record, frozen=True):
 
 
 class Rollout(Record, frozen=True):
-    """One task given to the agent. `input` and `metadata` are JSON values; `mode` is train, val, test or None.
+    """One task given to the agent. `input` and `metadata` are JSON values; `mode` is one of MODES or None.
 
     reserved_spans: the highest span number that was handed out ahead of its span.
     """

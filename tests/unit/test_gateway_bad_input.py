@@ -141,6 +141,25 @@ def test_a_limit_beyond_the_context_is_cut(renderer: Renderer, action: str) -> N
     assert request.max_tokens == 100 - len(request.prompt_ids)
 
 
+@every
+@pytest.mark.parametrize(
+    ("named", "text"),
+    [
+        (["main_llm"], "its LLM resources (main_llm, other), got ['main_llm']"),
+        ("mian", "its LLM resources (main_llm, other), got 'mian'"),
+        (None, "has 2 LLM resources; expected one, or metadata['resource'] to name one"),
+    ],
+)
+def test_a_rollout_whose_model_is_not_said(
+    renderer: Renderer, action: str, named: Any, text: str
+) -> None:
+    desk = Desk(renderer, [])
+    resources = desk.store.resources.resources
+    resources["other"] = resources["main_llm"]
+    desk.store.rollout = replace(desk.store.rollout, metadata={"resource": named})
+    assert text in message(action, desk.post(action, BODIES[action]), 404)
+
+
 def test_numbers_that_the_engine_cannot_hold(renderer: Renderer) -> None:
     for key in ("seed", "top_k"):
         asked = {**BODIES["v1/completions"], key: 10**30}
